@@ -1,0 +1,397 @@
+"""Tree attention over a KV cache: split-KV flash decoding whose last keys are the nodes of a tree.
+
+A program owns BLOCK_M rows of one KV head and one share (split) of its keys. Rows are the tree's nodes times the
+query heads of the group, row = node * GROUP + head, so that K and V are read once for the whole group. Keys come in
+tiles: those of the committed prefix need no mask but for the last, partial one; those of the tree, at most 64 nodes a
+tile, are masked by one word of packed bits a row. With more than one split a second kernel merges the partial results.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET = triton.knobs.runtime.interpret
+MERGE_ROWS = 8
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Sizes of one launch. `min_tiles`: a split takes at least so many key tiles, so short contexts use fewer splits."""
+
+    block_m: int
+    block_n: int
+    num_splits: int
+    min_tiles: int = 2
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@triton.jit
+def _key_range(
+    length, nodes, window, split, num_splits, min_tiles,
+    HAS_WINDOW: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Tiles are numbered along the cache, then along the tree. Returns the first tile that any row can see, the number
+    of prefix tiles, this split's range of tiles, and how many splits have work."""
+    prefix_tiles = tl.cdiv(length, BLOCK_N)
+    first = prefix_tiles * 0
+    if HAS_WINDOW:
+        first = tl.minimum(tl.maximum(length - window + 1, 0) // BLOCK_N, prefix_tiles)
+    total = prefix_tiles - first + tl.cdiv(nodes, BLOCK_T)
+    each = tl.maximum(tl.cdiv(total, num_splits), min_tiles)
+    lo = first + split * each
+    hi = tl.minimum(lo + each, first + total)
+    return first, prefix_tiles, lo, hi, tl.cdiv(total, each)
+
+
+@triton.jit
+def _lengths(cache_seqlens_ptr, num_nodes_ptr, batch, num_nodes, capacity, HAS_NUM_NODES: tl.constexpr):
+    """Committed tokens and real nodes of a request, clamped so that no value reaches outside the cache."""
+    nodes = num_nodes
+    if HAS_NUM_NODES:
+        nodes = tl.minimum(tl.maximum(tl.load(num_nodes_ptr + batch), 0), num_nodes)
+    nodes = tl.minimum(nodes, capacity)
+    length = tl.minimum(tl.maximum(tl.load(cache_seqlens_ptr + batch), 0), capacity - nodes)
+    return tl.where(nodes > 0, length, 0), nodes
+
+
+@triton.jit
+def _row_starts(
+    slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
+    stride_kb, stride_ks, stride_vb, stride_vs, PAGED: tl.constexpr,
+):  # fmt: skip
+    """[N] int64 each: where the rows of these slots start in the K and in the V cache."""
+    if PAGED:
+        slots = tl.minimum(slots, capacity - 1)
+        block = tl.load(block_table_ptr + batch * stride_table + slots // block_size)
+        block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
+        inside = (slots % block_size).to(tl.int64)
+    else:
+        block = batch
+        inside = slots.to(tl.int64)
+    return block * stride_kb + inside * stride_ks, block * stride_vb + inside * stride_vs
+
+
+@triton.jit
+def _attend(
+    q, k, v, acc, m, l, mask, qk_scale, softcap,
+    MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax in base 2; `qk_scale` holds log2(e)."""
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    else:
+        k, v = k.to(q.dtype), v.to(q.dtype)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if SOFTCAP:  # softcap * tanh(x), through exp2; the scale is outside, so that the max below stays the max
+        s = 1.0 - 2.0 / (tl.exp2(s * (qk_scale * 2.0 / softcap)) + 1.0)
+        qk_scale = softcap * LOG2E
+    if MASKED:
+        s = tl.where(mask, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * qk_scale)
+    base = m_new
+    if MASKED:  # a row that has seen no key yet
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * qk_scale - base[:, None])
+    alpha = tl.exp2(m - base)
+    l = l * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def _finish(
+    acc, m, l, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, v_scale,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+    out_ptr, lse_ptr,
+):  # fmt: skip
+    """Normalise, add the sink to the denominator, write rows; rows of padding nodes are zero."""
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
+        top = tl.maximum(m, sink)
+        shrink = tl.exp2(m - top)
+        acc, l, m = acc * shrink[:, None], l * shrink + tl.exp2(sink - top), top
+    real = row_real & (l > 0.0)
+    scale = v_scale / tl.where(real, l, 1.0)
+    out = tl.where(real[:, None], acc * scale[:, None], 0.0)
+    # NaN sums fail `l > 0`; a row of NaN is NaN, not zero.
+    out = tl.where((row_real & (l != l))[:, None], float("nan"), out)
+    tl.store(
+        out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty),
+        mask=row_ok[:, None] & dim_ok[None, :],
+    )  # fmt: skip
+    if HAS_LSE:
+        lse = tl.where(real, (m + tl.log2(tl.where(real, l, 1.0))) * LN2, float("-inf"))
+        tl.store(lse_ptr + lse_at, lse, mask=row_ok)
+
+
+@triton.jit
+def tree_attention_kernel(
+    q_ptr,  # [B, T, H, D]
+    k_ptr, v_ptr,  # cache: [B, S, Hkv, D] or [num_blocks, block_size, Hkv, D]
+    new_k_ptr, new_v_ptr,  # [B, T, Hkv, D], written to the tree's slots
+    mask_ptr,  # [T, words] or [B, T, words] int64; bit j: the row's node attends to node j
+    depths_ptr,  # [T] or [B, T] int32, read with a window only
+    num_nodes_ptr,  # [B] int32
+    cache_seqlens_ptr,  # [B] int32
+    block_table_ptr,  # [B, max_blocks] int32
+    sinks_ptr,  # [H]
+    k_scale_ptr, v_scale_ptr,  # [1] or [Hkv] fp32
+    out_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] fp32
+    partial_ptr,  # [B, Hkv, num_splits, rows, D] fp32
+    partial_lse_ptr,  # [B, Hkv, num_splits, rows] fp32, base 2
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kh,
+    stride_vb, stride_vs, stride_vh,
+    stride_nkb, stride_nkt, stride_nkh,
+    stride_nvb, stride_nvt, stride_nvh,
+    stride_mb, stride_db, stride_table,
+    stride_ob, stride_ot, stride_oh,
+    stride_scale,
+    num_nodes, heads_kv, capacity, num_blocks, block_size, words, window, num_splits, min_tiles,
+    qk_scale, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    PAGED: tl.constexpr, APPEND: tl.constexpr, HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LSE: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    BLOCK_T: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64  # a tree tile reads one mask word a row
+    block_m = tl.program_id(0)
+    split = tl.program_id(1)
+    batch = (tl.program_id(2) // heads_kv).to(tl.int64)
+    head_kv = tl.program_id(2) % heads_kv
+    length, nodes = _lengths(cache_seqlens_ptr, num_nodes_ptr, batch, num_nodes, capacity, HAS_NUM_NODES)
+    first, prefix_tiles, lo, hi, active = _key_range(
+        length, nodes, window, split, num_splits, min_tiles, HAS_WINDOW, BLOCK_N, BLOCK_T
+    )
+    rows = num_nodes * GROUP
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = row < rows
+    node = row // GROUP
+    head = head_kv * GROUP + row % GROUP
+    row_real = node < nodes
+    offs_d = tl.arange(0, BLOCK_D)
+    dim_ok = offs_d < HEAD_DIM
+    out_at = batch * stride_ob + node * stride_ot + head * stride_oh
+    lse_at = (batch * heads_kv * GROUP + head) * num_nodes + node
+
+    if SPLIT and lo >= hi:
+        return  # no keys left for this split: the merge knows
+
+    q = tl.load(
+        q_ptr + (batch * stride_qb + node * stride_qt + head * stride_qh)[:, None] + offs_d[None, :],
+        mask=row_real[:, None] & dim_ok[None, :], other=0.0,
+    )  # fmt: skip
+    if UPCAST:
+        q = q.to(tl.float32)
+    v_scale = 1.0
+    k_scale = 1.0
+    if HAS_SCALES:
+        k_scale = tl.load(k_scale_ptr + head_kv * stride_scale)
+        v_scale = tl.load(v_scale_ptr + head_kv * stride_scale)
+        qk_scale *= k_scale
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    k_base = k_ptr + head_kv * stride_kh + offs_d[None, :]
+    v_base = v_ptr + head_kv * stride_vh + offs_d[None, :]
+    depth = node * 0
+    if HAS_WINDOW:
+        depth = tl.load(depths_ptr + batch * stride_db + node, mask=row_real, other=0)
+
+    # Committed tokens. Whole tiles that every row sees need no mask: [open, whole).
+    offs_n = tl.arange(0, BLOCK_N)
+    open_tile = first
+    if HAS_WINDOW:  # the deepest node's window starts last; nodes bound depths
+        open_tile = tl.cdiv(tl.maximum(length + nodes - window, 0), BLOCK_N)
+    whole = length // BLOCK_N
+    if HAS_WINDOW:
+        for tile in range(lo, tl.minimum(tl.minimum(open_tile, whole), hi)):
+            slots = tile * BLOCK_N + offs_n
+            at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
+                                     stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+            k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
+            v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
+            seen = slots[None, :] > (length + depth - window)[:, None]
+            acc, m, l = _attend(q, k, v, acc, m, l, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+    for tile in range(tl.maximum(lo, open_tile), tl.minimum(whole, hi)):
+        slots = tile * BLOCK_N + offs_n
+        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
+                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+        k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
+        v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
+        acc, m, l = _attend(q, k, v, acc, m, l, None, qk_scale, softcap, False, SOFTCAP, UPCAST, PRECISION)
+    if (whole < prefix_tiles) & (lo <= whole) & (whole < hi):
+        slots = whole * BLOCK_N + offs_n
+        slot_ok = slots < length
+        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
+                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+        k = tl.load(k_base + at_k[:, None], mask=slot_ok[:, None] & dim_ok[None, :], other=0.0)
+        v = tl.load(v_base + at_v[:, None], mask=slot_ok[:, None] & dim_ok[None, :], other=0.0)
+        seen = slot_ok[None, :] & row_ok[:, None]
+        if HAS_WINDOW:
+            seen &= slots[None, :] > (length + depth - window)[:, None]
+        acc, m, l = _attend(q, k, v, acc, m, l, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+
+    # The tree's nodes, node j at slot length + j.
+    offs_t = tl.arange(0, BLOCK_T)
+    for tile in range(tl.maximum(lo, prefix_tiles), hi):
+        start = (tile - prefix_tiles) * BLOCK_T
+        column = start + offs_t
+        column_ok = column < nodes
+        kv_ok = column_ok[:, None] & dim_ok[None, :]
+        slots = length + column
+        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
+                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+        if APPEND:
+            at_new_k = batch * stride_nkb + column * stride_nkt + head_kv * stride_nkh
+            at_new_v = batch * stride_nvb + column * stride_nvt + head_kv * stride_nvh
+            k = tl.load(new_k_ptr + at_new_k[:, None] + offs_d[None, :], mask=kv_ok, other=0.0)
+            v = tl.load(new_v_ptr + at_new_v[:, None] + offs_d[None, :], mask=kv_ok, other=0.0)
+            if HAS_SCALES:  # fp8 has no infinity: saturate. What is attended to is what the cache holds
+                k = tl.clamp(k.to(tl.float32) / k_scale, -448.0, 448.0)
+                v = tl.clamp(v.to(tl.float32) / v_scale, -448.0, 448.0)
+            k = k.to(k_ptr.dtype.element_ty)
+            v = v.to(v_ptr.dtype.element_ty)
+            if block_m == 0:
+                tl.store(k_base + at_k[:, None], k, mask=kv_ok)
+                tl.store(v_base + at_v[:, None], v, mask=kv_ok)
+        else:
+            k = tl.load(k_base + at_k[:, None], mask=kv_ok, other=0.0)
+            v = tl.load(v_base + at_v[:, None], mask=kv_ok, other=0.0)
+        word = tl.load(mask_ptr + batch * stride_mb + node * words + start // 64, mask=row_real, other=0)
+        seen = ((word[:, None] >> (column % 64).to(tl.int64)[None, :]) & 1) != 0
+        seen &= column_ok[None, :]
+        if HAS_WINDOW:
+            column_depth = tl.load(depths_ptr + batch * stride_db + column, mask=column_ok, other=0)
+            seen &= column_depth[None, :] > (depth - window)[:, None]
+        acc, m, l = _attend(q, k, v, acc, m, l, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+
+    if not SPLIT:
+        _finish(acc, m, l, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, v_scale,
+                HAS_SINKS, HAS_LSE, out_ptr, lse_ptr)  # fmt: skip
+    else:
+        seen_any = l > 0.0
+        part = ((batch * heads_kv + head_kv) * num_splits + split) * rows + row
+        acc = acc * (v_scale / tl.where(seen_any, l, 1.0))[:, None]
+        tl.store(partial_ptr + part[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=row_ok[:, None] & dim_ok[None, :])
+        lse = tl.where(seen_any, m + tl.log2(tl.where(seen_any, l, 1.0)), tl.where(l != l, l, float("-inf")))
+        tl.store(partial_lse_ptr + part, lse, mask=row_ok)
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr, partial_lse_ptr, num_nodes_ptr, cache_seqlens_ptr, sinks_ptr, out_ptr, lse_ptr,
+    stride_ob, stride_ot, stride_oh,
+    num_nodes, heads_kv, capacity, window, num_splits, min_tiles,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits' partial results in their order, so that the result is the same from run to run."""
+    BLOCK_T: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
+    batch = (tl.program_id(1) // heads_kv).to(tl.int64)
+    head_kv = tl.program_id(1) % heads_kv
+    length, nodes = _lengths(cache_seqlens_ptr, num_nodes_ptr, batch, num_nodes, capacity, HAS_NUM_NODES)
+    first, prefix_tiles, lo, hi, active = _key_range(
+        length, nodes, window, 0, num_splits, min_tiles, HAS_WINDOW, BLOCK_N, BLOCK_T
+    )
+    rows = num_nodes * GROUP
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = row < rows
+    node = row // GROUP
+    head = head_kv * GROUP + row % GROUP
+    row_real = node < nodes
+    offs_d = tl.arange(0, BLOCK_D)
+    dim_ok = offs_d < HEAD_DIM
+    part = (batch * heads_kv + head_kv) * num_splits * rows + row
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for split in range(active):
+        lse = tl.load(partial_lse_ptr + part + split * rows, mask=row_real, other=float("-inf"))
+        some = tl.load(
+            partial_ptr + (part + split * rows)[:, None] * HEAD_DIM + offs_d[None, :],
+            mask=row_real[:, None] & dim_ok[None, :], other=0.0,
+        )  # fmt: skip
+        m_new = tl.maximum(m, lse)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha, weight = tl.exp2(m - base), tl.exp2(lse - base)
+        acc = acc * alpha[:, None] + some * weight[:, None]
+        l = l * alpha + weight
+        m = m_new
+    out_at = batch * stride_ob + node * stride_ot + head * stride_oh
+    lse_at = (batch * heads_kv * GROUP + head) * num_nodes + node
+    _finish(acc, m, l, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, 1.0,
+            HAS_SINKS, HAS_LSE, out_ptr, lse_ptr)  # fmt: skip
+
+
+def tile_config(rows: int, head_dim: int, heads: int, capacity: int, itemsize: int, num_sms: int) -> TileConfig:
+    """Tiles for `rows` = nodes * group rows of each of `heads` = batch * KV heads, over `capacity` slots."""
+    block_m = min(max(16, triton.next_power_of_2(rows)), 128 if rows > 64 and head_dim <= 128 else 64)
+    block_n = 64 if head_dim <= 128 else 32
+    num_stages = 3
+    if itemsize == 4:
+        block_m, block_n, num_stages = min(block_m, 32), 32, 2
+    num_warps = 8 if block_m == 128 else 4
+    tiles = triton.cdiv(capacity, block_n)
+    programs = triton.cdiv(rows, block_m) * heads
+    num_splits = max(1, min(num_sms * (8 // num_warps) // programs, triton.cdiv(tiles, 2), 128))
+    return TileConfig(block_m, block_n, num_splits, 2, num_warps, num_stages)
+
+
+def tree_attention(
+    q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
+    softmax_scale, window, softcap, out, lse, config,
+):  # fmt: skip
+    """Launch on checked arguments: [B, T, H, D] `q` and `out`, caches, and for what is optional None (window 0)."""
+    batch, size, heads, head_dim = q.shape
+    heads_kv = k_cache.shape[2]
+    group, rows = heads // heads_kv, size * (heads // heads_kv)
+    paged = block_table is not None
+    capacity = block_table.shape[1] * k_cache.shape[1] if paged else k_cache.shape[1]
+    split = config.num_splits > 1
+    partial = partial_lse = None
+    if split:
+        parts = batch * heads_kv * config.num_splits * rows
+        partial = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+    per_request = packed_mask.dim() == 3
+    flags = dict(
+        HAS_NUM_NODES=num_nodes is not None, HAS_WINDOW=window > 0, HAS_SINKS=sinks is not None, HAS_LSE=lse is not None
+    )
+    upcast = INTERPRET and q.dtype == torch.bfloat16  # the interpreter multiplies the raw bits of bf16
+    tree_attention_kernel[(triton.cdiv(rows, config.block_m), config.num_splits, batch * heads_kv)](
+        q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
+        out, lse, partial, partial_lse,
+        q.stride(0), q.stride(1), q.stride(2),
+        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
+        *((k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2)) if k is not None else [0] * 6),
+        packed_mask.stride(0) if per_request else 0,
+        depths.stride(0) if depths is not None and depths.dim() == 2 else 0,
+        block_table.stride(0) if paged else 0,
+        out.stride(0), out.stride(1), out.stride(2),
+        1 if k_scale is not None and k_scale.numel() > 1 else 0,
+        size, heads_kv, capacity, k_cache.shape[0], k_cache.shape[1], packed_mask.shape[-1], window, config.num_splits,
+        config.min_tiles, softmax_scale * 1.4426950408889634, softcap,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split, PAGED=paged, APPEND=k is not None,
+        SOFTCAP=softcap > 0, HAS_SCALES=k_scale is not None, UPCAST=upcast,
+        PRECISION="ieee" if q.dtype == torch.float32 or upcast else "tf32",
+        num_warps=config.num_warps, num_stages=config.num_stages, **flags,
+    )  # fmt: skip
+    if split:
+        merge_kernel[(triton.cdiv(rows, MERGE_ROWS), batch * heads_kv)](
+            partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse,
+            out.stride(0), out.stride(1), out.stride(2),
+            size, heads_kv, capacity, window, config.num_splits, config.min_tiles,
+            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_R=MERGE_ROWS, BLOCK_N=config.block_n, num_warps=4, **flags,
+        )  # fmt: skip
