@@ -119,7 +119,7 @@ def tree_attention(
         raise ValueError(f"{'k_scale' if k_scale is None else 'v_scale'}: give both scales or none, got None")
     if k_scale is not None:
         if not fp8:
-            raise ValueError(f"k_scale: expected None unless the cache is float8_e4m3fn, got a scale for {k_cache.dtype}")
+            raise ValueError(f"k_scale: expected None unless the cache is float8_e4m3fn, got one for {k_cache.dtype}")
         check_tensor("k_scale", k_scale, dtype=torch.float32, device=device)
         if k_scale.shape not in ((), (1,), (heads_kv,)) or not k_scale.is_contiguous():
             raise ValueError(f"k_scale: expected shape [], [1] or [{heads_kv}], got {tuple(k_scale.shape)}")
@@ -148,7 +148,7 @@ def tree_attention(
 
 def _check_values(cache_seqlens, tree, size, capacity, block_table, k_cache) -> None:
     nodes = size if tree.num_nodes is None else tree.num_nodes
-    if bool(((cache_seqlens < 0) | (cache_seqlens + nodes > capacity)).any()):
+    if bool(((cache_seqlens < 0) | (cache_seqlens.long() + nodes > capacity)).any()):
         raise ValueError(f"cache_seqlens: expected 0..{capacity} less the tree's nodes, got {cache_seqlens.tolist()}")
     if block_table is not None:
         used = (cache_seqlens + nodes + k_cache.shape[1] - 1) // k_cache.shape[1]
@@ -189,7 +189,7 @@ def _on_cpu(
     softmax_scale, window, softcap, out, lse,
 ) -> None:  # fmt: skip
     """PyTorch's own attention, request by request; eager where it has no such option (soft-cap, sinks, LSE)."""
-    size, heads, head_dim = q.shape[1:]
+    size, heads = q.shape[1:3]
     for b, length in enumerate(cache_seqlens.tolist()):
         nodes = size if num_nodes is None else min(max(int(num_nodes[b]), 0), size)
         capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)

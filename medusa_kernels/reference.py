@@ -4,10 +4,12 @@ Signatures are the operators'. Tests compare each kernel with these, in float64 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .acceptance import Acceptance, AcceptMode
 from .tree import TokenTree
 
 
@@ -86,3 +88,185 @@ def _write(cache: Tensor, place: tuple[Tensor, Tensor], rows: Tensor, scale: Ten
         scaled = rows.float() if scale is None else rows.float() / scale.view(-1, 1)
         cache.view(torch.uint8)[place] = scaled.clamp(-limit, limit).to(cache.dtype).view(torch.uint8)
 
+
+def compact_kv_cache(
+    kv: Tensor | Sequence[Sequence[Tensor]],
+    path: Tensor,
+    accept_length: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+) -> None:
+    """`medusa_kernels.compact_kv_cache`: for each request and tensor, gather all rows of the path, then write them."""
+    caches = [cache for layer in kv for cache in layer]
+    num_blocks, block_size = caches[0].shape[:2]
+    capacity = block_size * (1 if block_table is None else block_table.shape[1])
+
+    def place(b: int, slot: int) -> tuple[int, int] | None:
+        """Index of a slot in a cache, None if it has no such slot."""
+        if not 0 <= slot < capacity:
+            return None
+        if block_table is None:
+            return b, slot
+        block = int(block_table[b, slot // block_size])
+        return (block, slot % block_size) if 0 <= block < num_blocks else None
+
+    for b, (length, accepted) in enumerate(zip(cache_seqlens.tolist(), accept_length.tolist())):
+        if not 0 <= length <= capacity:
+            continue
+        nodes = path[b, : max(accepted + 1, 0)].tolist()
+        moves = [(place(b, length + i), place(b, length + node)) for i, node in enumerate(nodes) if i < node < 512]
+        moves = [(to, source) for to, source in moves if to is not None and source is not None]
+        for cache in caches:
+            rows = [cache[source].clone() for _, source in moves]
+            for (to, _), row in zip(moves, rows):
+                cache[to].copy_(row)
+        cache_seqlens[b] = min(length + len(nodes), capacity)
+
+
+def accept_candidates(
+    logits: Tensor,
+    tokens: Tensor,
+    tree: TokenTree,
+    *,
+    mode: str | AcceptMode | Tensor = "greedy",
+    temperature: float | Tensor = 1.0,
+    posterior_threshold: float | Tensor = 0.09,
+    posterior_alpha: float | Tensor = 0.3,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+    max_tokens: int | Tensor | None = None,
+    upcast: bool = False,
+) -> Acceptance:
+    """`medusa_kernels.accept_candidates`; `upcast` computes probabilities in float64."""
+    batch, size, vocab = logits.shape
+    each = [
+        _per_request(AcceptMode[mode.upper()] if isinstance(mode, str) else mode, batch),
+        *(_per_request(x, batch) for x in (temperature, posterior_threshold, posterior_alpha)),
+        _per_request(0 if top_k is None else top_k, batch),
+        _per_request(1.0 if top_p is None else top_p, batch),
+        _per_request(2**31 if max_tokens is None else max_tokens, batch),
+    ]
+    eos = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+    key, offset = seed.tolist() if isinstance(seed, Tensor) else (seed, 0)
+    results = []
+    for b, (mode_, temperature_, threshold, alpha, k, p, limit) in enumerate(zip(*each)):
+        nodes = size if tree.num_nodes is None else min(int(tree.num_nodes[b]), size)
+        parents = (tree.parents[b] if tree.batched else tree.parents).tolist()
+        toks = tokens[b].tolist()
+        kids = {n: [c for c in range(n + 1, nodes) if parents[c] == n] for n in range(nodes)}
+        if nodes <= 0 or limit <= 0:
+            results.append(([], -1, True))
+            continue
+        if temperature_ == 0 or (mode_ == AcceptMode.SAMPLING and key is None):
+            mode_ = AcceptMode.GREEDY
+
+        def argmax(node: int, b: int = b) -> int | None:
+            row = logits[b, node].float()
+            return int(row.nan_to_num(-math.inf, math.inf, -math.inf).argmax()) if not row.isnan().all() else None
+
+        def probs(node: int, b: int = b, temperature_: float = temperature_) -> Tensor | None:
+            """Softmax, None where there is none."""
+            row = logits[b, node].double() if upcast else logits[b, node].float()
+            top = row.max()  # NaN if there is one
+            return ((row - top) / temperature_).softmax(0) if top.isfinite() else None
+
+        def uniforms(node: int, b: int = b) -> tuple[float, float]:
+            return tuple(bits / 2**64 for bits in _philox(key, offset, b, node))
+
+        residual = None
+        if mode_ == AcceptMode.SAMPLING:
+            path, node = [0], 0
+            while True:
+                target = probs(node)
+                residual = None if target is None else _truncated(target, k, p)
+                below = kids[node] if residual is not None and len(path) <= tree.max_depth else []
+                u, sum_below, taken = uniforms(node)[0], 0.0, None
+                for c in below:
+                    if 0 <= toks[c] < vocab and taken is None:
+                        sum_below += float(residual[toks[c]])
+                        residual[toks[c]] = 0.0  # so the next sibling of this token has no interval
+                        taken = c if u < sum_below else None
+                if taken is None:
+                    break
+                node = taken
+                path.append(node)
+        else:
+            paths, scores, kept = {0: [0]}, {0: 0.0}, {}
+            for node in range(nodes):
+                if node not in paths or len(paths[node]) > tree.max_depth:
+                    continue
+                target = probs(node) if mode_ == AcceptMode.TYPICAL else None
+                if target is not None:
+                    entropy = -(target * (target + 1e-5).log()).sum()
+                    kept[node] = target > min(threshold, alpha * float((-entropy).exp()))
+                for c in kids[node]:
+                    if mode_ == AcceptMode.GREEDY:
+                        accepted = toks[c] == argmax(node)
+                    else:
+                        accepted = target is not None and 0 <= toks[c] < vocab and bool(kept[node][toks[c]])
+                    if accepted:
+                        paths[c] = paths[node] + [c]
+                        scores[c] = scores[node] + (float(target[toks[c]].log()) if target is not None else 0.0)
+            # Longest; typical: then highest score, then lowest end; greedy: then the lower node where they part.
+            typical = mode_ == AcceptMode.TYPICAL
+            path = min(paths.values(), key=lambda q: (-len(q), -scores[q[-1]], q[-1] if typical else q))
+            if typical and key is not None and (target := probs(path[-1])) is not None:
+                entropy = -(target * (target + 1e-5).log()).sum()
+                residual = torch.where(target > min(threshold, alpha * float((-entropy).exp())), target, 0.0)
+
+        path = path[:limit]
+        ends = [i for i, node in enumerate(path) if toks[node] in eos]
+        path = path[: ends[0] + 1] if ends else path
+        if ends or len(path) == limit:
+            results.append((path, -1, True))
+        elif residual is None or not float(residual.sum()) > 0:
+            results.append((path, argmax(path[-1]) or 0, False))
+        else:
+            mass = residual.double().cumsum(0)
+            results.append((path, int((mass <= uniforms(path[-1])[1] * mass[-1]).sum()), False))
+    if isinstance(seed, Tensor):
+        seed[1] += 1
+    columns, device = tree.max_depth + 1, logits.device
+    path = torch.tensor([q + [-1] * (columns - len(q)) for q, _, _ in results], dtype=torch.int32, device=device)
+    path = path.view(batch, columns)
+    return Acceptance(
+        torch.tensor([len(q) - 1 for q, _, _ in results], dtype=torch.int32, device=device),
+        path,
+        torch.tensor([q[-1] if q else -1 for q, _, _ in results], dtype=torch.int32, device=device),
+        torch.where(path >= 0, tokens.gather(1, path.long().clamp(min=0)), -1),
+        torch.tensor([token for _, token, _ in results], dtype=torch.int64, device=device),
+        torch.tensor([done for _, _, done in results], dtype=torch.bool, device=device),
+    )
+
+
+def _per_request(value, batch: int) -> list:
+    return value.tolist() if isinstance(value, Tensor) else [value] * batch
+
+
+def _truncated(probs: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The distribution that top-k and then top-p leave; tokens as probable as one that is kept are kept."""
+    if 0 < top_k < len(probs):
+        probs = torch.where(probs >= probs.topk(top_k).values[-1], probs, 0.0)
+        probs = probs / probs.sum()
+    if top_p < 1:
+        # Sorted by probability; a token's is compared with the mass before the first token of equal probability.
+        values, order = probs.sort(descending=True)
+        first = torch.searchsorted(-values, -values)
+        above = torch.where(first > 0, values.cumsum(0)[(first - 1).clamp(min=0)], 0.0)
+        probs = torch.zeros_like(probs).scatter(0, order, torch.where(above < top_p, values, 0.0))
+    return probs / probs.sum()
+
+
+def _philox(seed: int, offset: int, request: int, node: int) -> tuple[int, int]:
+    """128 bits of Philox4x32-10 (Salmon et al., 2011) as two numbers of 64."""
+    low = 0xFFFFFFFF
+    c = [offset & low, offset >> 32 & low, request, node]
+    k = [seed & low, seed >> 32 & low]
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [q >> 32 ^ c[1] ^ k[0], q & low, p >> 32 ^ c[3] ^ k[1], p & low]
+        k = [k[0] + 0x9E3779B9 & low, k[1] + 0xBB67AE85 & low]
+    return c[1] << 32 | c[0], c[3] << 32 | c[2]

@@ -7,6 +7,7 @@ tile, are masked by one word of packed bits a row. With more than one split a se
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,7 +21,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Sizes of one launch. `min_tiles`: a split takes at least so many key tiles, so short contexts use fewer splits."""
+    """Sizes of one launch; a split takes at least `min_tiles` key tiles, so that short contexts use fewer splits."""
 
     block_m: int
     block_n: int
@@ -45,7 +46,7 @@ def _key_range(
     each = tl.maximum(tl.cdiv(total, num_splits), min_tiles)
     lo = first + split * each
     hi = tl.minimum(lo + each, first + total)
-    return first, prefix_tiles, lo, hi, tl.cdiv(total, each)
+    return first, prefix_tiles, lo, hi, tl.maximum(tl.cdiv(total, each), 1)
 
 
 @triton.jit
@@ -77,8 +78,15 @@ def _row_starts(
 
 
 @triton.jit
+def _to_cache(x, scale, dtype: tl.constexpr, HAS_SCALES: tl.constexpr):
+    if HAS_SCALES:  # fp8 has no infinity: saturate
+        x = tl.clamp(x.to(tl.float32) / scale, -448.0, 448.0)
+    return x.to(dtype)
+
+
+@triton.jit
 def _attend(
-    q, k, v, acc, m, l, mask, qk_scale, softcap,
+    q, k, v, acc, m, norm, mask, qk_scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax in base 2; `qk_scale` holds log2(e)."""
@@ -98,14 +106,14 @@ def _attend(
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * qk_scale - base[:, None])
     alpha = tl.exp2(m - base)
-    l = l * alpha + tl.sum(p, 1)
+    norm = norm * alpha + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return acc, m_new, l
+    return acc, m_new, norm
 
 
 @triton.jit
 def _finish(
-    acc, m, l, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, v_scale,
+    acc, m, norm, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, v_scale,
     HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     out_ptr, lse_ptr,
 ):  # fmt: skip
@@ -114,19 +122,67 @@ def _finish(
         sink = tl.load(sinks_ptr + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
         top = tl.maximum(m, sink)
         shrink = tl.exp2(m - top)
-        acc, l, m = acc * shrink[:, None], l * shrink + tl.exp2(sink - top), top
-    real = row_real & (l > 0.0)
-    scale = v_scale / tl.where(real, l, 1.0)
+        acc, norm, m = acc * shrink[:, None], norm * shrink + tl.exp2(sink - top), top
+    real = row_real & (norm > 0.0)
+    scale = v_scale / tl.where(real, norm, 1.0)
     out = tl.where(real[:, None], acc * scale[:, None], 0.0)
-    # NaN sums fail `l > 0`; a row of NaN is NaN, not zero.
-    out = tl.where((row_real & (l != l))[:, None], float("nan"), out)
+    # NaN sums fail `norm > 0`; a row of NaN is NaN, not zero.
+    out = tl.where((row_real & (norm != norm))[:, None], float("nan"), out)
     tl.store(
         out_ptr + out_at[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & dim_ok[None, :],
     )  # fmt: skip
     if HAS_LSE:
-        lse = tl.where(real, (m + tl.log2(tl.where(real, l, 1.0))) * LN2, float("-inf"))
+        lse = tl.where(real, (m + tl.log2(tl.where(real, norm, 1.0))) * LN2, float("-inf"))
         tl.store(lse_ptr + lse_at, lse, mask=row_ok)
+
+
+@triton.jit
+def _merge_rows(
+    first_row, batch, head_kv, active, nodes, partial_ptr, partial_lse_ptr, sinks_ptr, out_ptr, lse_ptr,
+    stride_ob, stride_ot, stride_oh, num_nodes, heads_kv, num_splits,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Merge and write BLOCK_R rows of one KV head."""
+    rows = num_nodes * GROUP
+    row = first_row + tl.arange(0, BLOCK_R)
+    row_ok = row < rows
+    node = row // GROUP
+    head = head_kv * GROUP + row % GROUP
+    row_real = node < nodes
+    offs_d = tl.arange(0, BLOCK_D)
+    dim_ok = offs_d < HEAD_DIM
+    part = (batch * heads_kv + head_kv) * num_splits * rows + row
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    norm = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    # SPLITS at once, unrolled, so that their loads are in flight together, and in a fixed order.
+    for start in range(0, active, SPLITS):
+        m_new = m
+        for i in tl.static_range(SPLITS):
+            ok = row_real & (start + i < active)
+            lse = tl.load(partial_lse_ptr + part + (start + i) * rows, mask=ok, other=float("-inf"))
+            m_new = tl.maximum(m_new, lse)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - base)
+        acc = acc * alpha[:, None]
+        norm = norm * alpha
+        m = m_new
+        for i in tl.static_range(SPLITS):
+            ok = row_real & (start + i < active)
+            at = part + (start + i) * rows
+            lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
+            some = tl.load(
+                partial_ptr + at[:, None] * HEAD_DIM + offs_d[None, :], mask=ok[:, None] & dim_ok[None, :], other=0.0,
+            )  # fmt: skip
+            weight = tl.exp2(lse - base)
+            acc += some * weight[:, None]
+            norm += weight
+    out_at = batch * stride_ob + node * stride_ot + head * stride_oh
+    lse_at = (batch * heads_kv * GROUP + head) * num_nodes + node
+    _finish(acc, m, norm, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, 1.0,
+            HAS_SINKS, HAS_LSE, out_ptr, lse_ptr)  # fmt: skip
 
 
 @triton.jit
@@ -181,7 +237,7 @@ def tree_attention_kernel(
     out_at = batch * stride_ob + node * stride_ot + head * stride_oh
     lse_at = (batch * heads_kv * GROUP + head) * num_nodes + node
 
-    if SPLIT and lo >= hi:
+    if SPLIT and split >= active:
         return  # no keys left for this split: the merge knows
 
     q = tl.load(
@@ -197,10 +253,15 @@ def tree_attention_kernel(
         v_scale = tl.load(v_scale_ptr + head_kv * stride_scale)
         qk_scale *= k_scale
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_base = k_ptr + head_kv * stride_kh + offs_d[None, :]
     v_base = v_ptr + head_kv * stride_vh + offs_d[None, :]
+    new_k_base = None
+    new_v_base = None
+    if APPEND:
+        new_k_base = new_k_ptr + head_kv * stride_nkh + offs_d[None, :]
+        new_v_base = new_v_ptr + head_kv * stride_nvh + offs_d[None, :]
     depth = node * 0
     if HAS_WINDOW:
         depth = tl.load(depths_ptr + batch * stride_db + node, mask=row_real, other=0)
@@ -219,14 +280,14 @@ def tree_attention_kernel(
             k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
             v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
             seen = slots[None, :] > (length + depth - window)[:, None]
-            acc, m, l = _attend(q, k, v, acc, m, l, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+            acc, m, norm = _attend(q, k, v, acc, m, norm, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
     for tile in range(tl.maximum(lo, open_tile), tl.minimum(whole, hi)):
         slots = tile * BLOCK_N + offs_n
         at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
                                  stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
         k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
         v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
-        acc, m, l = _attend(q, k, v, acc, m, l, None, qk_scale, softcap, False, SOFTCAP, UPCAST, PRECISION)
+        acc, m, norm = _attend(q, k, v, acc, m, norm, None, qk_scale, softcap, False, SOFTCAP, UPCAST, PRECISION)
     if (whole < prefix_tiles) & (lo <= whole) & (whole < hi):
         slots = whole * BLOCK_N + offs_n
         slot_ok = slots < length
@@ -237,7 +298,7 @@ def tree_attention_kernel(
         seen = slot_ok[None, :] & row_ok[:, None]
         if HAS_WINDOW:
             seen &= slots[None, :] > (length + depth - window)[:, None]
-        acc, m, l = _attend(q, k, v, acc, m, l, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+        acc, m, norm = _attend(q, k, v, acc, m, norm, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
 
     # The tree's nodes, node j at slot length + j.
     offs_t = tl.arange(0, BLOCK_T)
@@ -246,23 +307,16 @@ def tree_attention_kernel(
         column = start + offs_t
         column_ok = column < nodes
         kv_ok = column_ok[:, None] & dim_ok[None, :]
-        slots = length + column
-        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
         if APPEND:
-            at_new_k = batch * stride_nkb + column * stride_nkt + head_kv * stride_nkh
-            at_new_v = batch * stride_nvb + column * stride_nvt + head_kv * stride_nvh
-            k = tl.load(new_k_ptr + at_new_k[:, None] + offs_d[None, :], mask=kv_ok, other=0.0)
-            v = tl.load(new_v_ptr + at_new_v[:, None] + offs_d[None, :], mask=kv_ok, other=0.0)
-            if HAS_SCALES:  # fp8 has no infinity: saturate. What is attended to is what the cache holds
-                k = tl.clamp(k.to(tl.float32) / k_scale, -448.0, 448.0)
-                v = tl.clamp(v.to(tl.float32) / v_scale, -448.0, 448.0)
-            k = k.to(k_ptr.dtype.element_ty)
-            v = v.to(v_ptr.dtype.element_ty)
-            if block_m == 0:
-                tl.store(k_base + at_k[:, None], k, mask=kv_ok)
-                tl.store(v_base + at_v[:, None], v, mask=kv_ok)
+            at_k, at_v = batch * stride_nkb + column * stride_nkt, batch * stride_nvb + column * stride_nvt
+            k = tl.load(new_k_base + at_k[:, None], mask=kv_ok, other=0.0)
+            v = tl.load(new_v_base + at_v[:, None], mask=kv_ok, other=0.0)
+            # What is attended to is what the cache will hold.
+            k = _to_cache(k, k_scale, k_ptr.dtype.element_ty, HAS_SCALES)
+            v = _to_cache(v, v_scale, v_ptr.dtype.element_ty, HAS_SCALES)
         else:
+            at_k, at_v = _row_starts(length + column, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                     block_size, stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
             k = tl.load(k_base + at_k[:, None], mask=kv_ok, other=0.0)
             v = tl.load(v_base + at_v[:, None], mask=kv_ok, other=0.0)
         word = tl.load(mask_ptr + batch * stride_mb + node * words + start // 64, mask=row_real, other=0)
@@ -271,17 +325,33 @@ def tree_attention_kernel(
         if HAS_WINDOW:
             column_depth = tl.load(depths_ptr + batch * stride_db + column, mask=column_ok, other=0)
             seen &= column_depth[None, :] > (depth - window)[:, None]
-        acc, m, l = _attend(q, k, v, acc, m, l, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+        acc, m, norm = _attend(q, k, v, acc, m, norm, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
+
+    # The copy into the cache has a loop of its own: with its stores in the loop above, K and V feeding both a store and
+    # a pipelined wgmma, Triton 3.6 computed wrong results on Hopper.
+    if APPEND and block_m == 0:
+        for tile in range(tl.maximum(lo, prefix_tiles), hi):
+            column = (tile - prefix_tiles) * BLOCK_T + offs_t
+            kv_ok = (column < nodes)[:, None] & dim_ok[None, :]
+            at_new_k, at_new_v = batch * stride_nkb + column * stride_nkt, batch * stride_nvb + column * stride_nvt
+            k = tl.load(new_k_base + at_new_k[:, None], mask=kv_ok, other=0.0)
+            v = tl.load(new_v_base + at_new_v[:, None], mask=kv_ok, other=0.0)
+            at_k, at_v = _row_starts(length + column, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                     block_size, stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+            tl.store(k_base + at_k[:, None], _to_cache(k, k_scale, k_ptr.dtype.element_ty, HAS_SCALES), mask=kv_ok)
+            tl.store(v_base + at_v[:, None], _to_cache(v, v_scale, v_ptr.dtype.element_ty, HAS_SCALES), mask=kv_ok)
 
     if not SPLIT:
-        _finish(acc, m, l, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, v_scale,
+        _finish(acc, m, norm, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, v_scale,
                 HAS_SINKS, HAS_LSE, out_ptr, lse_ptr)  # fmt: skip
     else:
-        seen_any = l > 0.0
+        seen_any = norm > 0.0
         part = ((batch * heads_kv + head_kv) * num_splits + split) * rows + row
-        acc = acc * (v_scale / tl.where(seen_any, l, 1.0))[:, None]
+        acc = acc * (v_scale / tl.where(seen_any, norm, 1.0))[:, None]
         tl.store(partial_ptr + part[:, None] * HEAD_DIM + offs_d[None, :], acc, mask=row_ok[:, None] & dim_ok[None, :])
-        lse = tl.where(seen_any, m + tl.log2(tl.where(seen_any, l, 1.0)), tl.where(l != l, l, float("-inf")))
+        lse = tl.where(
+            seen_any, m + tl.log2(tl.where(seen_any, norm, 1.0)), tl.where(norm != norm, norm, float("-inf"))
+        )
         tl.store(partial_lse_ptr + part, lse, mask=row_ok)
 
 
@@ -291,59 +361,50 @@ def merge_kernel(
     stride_ob, stride_ot, stride_oh,
     num_nodes, heads_kv, capacity, window, num_splits, min_tiles,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits' partial results in their order, so that the result is the same from run to run."""
+    """Merge the splits' partial results."""
     BLOCK_T: tl.constexpr = BLOCK_N if BLOCK_N < 64 else 64
     batch = (tl.program_id(1) // heads_kv).to(tl.int64)
     head_kv = tl.program_id(1) % heads_kv
     length, nodes = _lengths(cache_seqlens_ptr, num_nodes_ptr, batch, num_nodes, capacity, HAS_NUM_NODES)
-    first, prefix_tiles, lo, hi, active = _key_range(
-        length, nodes, window, 0, num_splits, min_tiles, HAS_WINDOW, BLOCK_N, BLOCK_T
-    )
-    rows = num_nodes * GROUP
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = row < rows
-    node = row // GROUP
-    head = head_kv * GROUP + row % GROUP
-    row_real = node < nodes
-    offs_d = tl.arange(0, BLOCK_D)
-    dim_ok = offs_d < HEAD_DIM
-    part = (batch * heads_kv + head_kv) * num_splits * rows + row
-    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
-    for split in range(active):
-        lse = tl.load(partial_lse_ptr + part + split * rows, mask=row_real, other=float("-inf"))
-        some = tl.load(
-            partial_ptr + (part + split * rows)[:, None] * HEAD_DIM + offs_d[None, :],
-            mask=row_real[:, None] & dim_ok[None, :], other=0.0,
-        )  # fmt: skip
-        m_new = tl.maximum(m, lse)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha, weight = tl.exp2(m - base), tl.exp2(lse - base)
-        acc = acc * alpha[:, None] + some * weight[:, None]
-        l = l * alpha + weight
-        m = m_new
-    out_at = batch * stride_ob + node * stride_ot + head * stride_oh
-    lse_at = (batch * heads_kv * GROUP + head) * num_nodes + node
-    _finish(acc, m, l, row_ok, row_real, out_at, lse_at, sinks_ptr, head, offs_d, dim_ok, 1.0,
-            HAS_SINKS, HAS_LSE, out_ptr, lse_ptr)  # fmt: skip
+    _, _, _, _, active = _key_range(length, nodes, window, 0, num_splits, min_tiles, HAS_WINDOW, BLOCK_N, BLOCK_T)
+    _merge_rows(
+        tl.program_id(0) * BLOCK_R, batch, head_kv, active, nodes,
+        partial_ptr, partial_lse_ptr, sinks_ptr, out_ptr, lse_ptr,
+        stride_ob, stride_ot, stride_oh, num_nodes, heads_kv, num_splits,
+        GROUP, HEAD_DIM, BLOCK_D, BLOCK_R, SPLITS, HAS_SINKS, HAS_LSE,
+    )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def tile_config(rows: int, head_dim: int, heads: int, capacity: int, itemsize: int, num_sms: int) -> TileConfig:
-    """Tiles for `rows` = nodes * group rows of each of `heads` = batch * KV heads, over `capacity` slots."""
-    block_m = min(max(16, triton.next_power_of_2(rows)), 128 if rows > 64 and head_dim <= 128 else 64)
-    block_n = 64 if head_dim <= 128 else 32
-    num_stages = 3
-    if itemsize == 4:
-        block_m, block_n, num_stages = min(block_m, 32), 32, 2
-    num_warps = 8 if block_m == 128 else 4
+    """Tiles for `rows` = nodes * group rows of each of `heads` = batch * KV heads, over `capacity` slots.
+
+    Measured on an H100, bf16, head dim 128 (benchmarks/LOG.md): 64 rows and 4 warps, or 128 rows and 8 warps where the
+    KV head has more rows than 64, each with 64 keys and 3 stages, beat 32 and 128 keys, and 2 and 4 stages.
+    """
+    block_n, num_stages = (64, 3) if head_dim <= 128 else (32, 3)
     tiles = triton.cdiv(capacity, block_n)
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    # 128 rows read K and V half as often, but halve the programs: not where a short context leaves too few to fill the
+    # card at four tiles each (1024 slots, 8 KV heads, 256 rows: 13.5 us against 15).
+    if rows > 64 and head_dim <= 128 and triton.cdiv(rows, 64) * heads * (tiles // 4) > num_sms:
+        block_m = 128
+    if itemsize == 4:  # three tf32 products for one in fp32, from registers
+        block_m, block_n, num_stages = 16, 16 if head_dim > 128 else 32, 2
+        tiles = triton.cdiv(capacity, block_n)
+
+    # Splits: whole waves of one program a multiprocessor. Beside its tiles a program costs about two more, and the
+    # merge about six.
     programs = triton.cdiv(rows, block_m) * heads
-    num_splits = max(1, min(num_sms * (8 // num_warps) // programs, triton.cdiv(tiles, 2), 128))
-    return TileConfig(block_m, block_n, num_splits, 2, num_warps, num_stages)
+
+    def cost(splits):
+        return triton.cdiv(programs * splits, num_sms) * (triton.cdiv(tiles, splits) + 2) + (6 if splits > 1 else 0)
+
+    num_splits = min(range(1, min(max(1, tiles // 2), 128) + 1), key=cost)
+    return TileConfig(block_m, block_n, num_splits, 2, 8 if block_m == 128 else 4, num_stages)
 
 
 def tree_attention(
@@ -356,6 +417,7 @@ def tree_attention(
     group, rows = heads // heads_kv, size * (heads // heads_kv)
     paged = block_table is not None
     capacity = block_table.shape[1] * k_cache.shape[1] if paged else k_cache.shape[1]
+    row_blocks = triton.cdiv(rows, config.block_m)
     split = config.num_splits > 1
     partial = partial_lse = None
     if split:
@@ -363,11 +425,12 @@ def tree_attention(
         partial = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
     per_request = packed_mask.dim() == 3
-    flags = dict(
-        HAS_NUM_NODES=num_nodes is not None, HAS_WINDOW=window > 0, HAS_SINKS=sinks is not None, HAS_LSE=lse is not None
-    )
+    flags = {
+        "HAS_NUM_NODES": num_nodes is not None, "HAS_WINDOW": window > 0, "HAS_SINKS": sinks is not None,
+        "HAS_LSE": lse is not None,
+    }  # fmt: skip
     upcast = INTERPRET and q.dtype == torch.bfloat16  # the interpreter multiplies the raw bits of bf16
-    tree_attention_kernel[(triton.cdiv(rows, config.block_m), config.num_splits, batch * heads_kv)](
+    tree_attention_kernel[(row_blocks, config.num_splits, batch * heads_kv)](
         q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
         out, lse, partial, partial_lse,
         q.stride(0), q.stride(1), q.stride(2),
@@ -382,9 +445,10 @@ def tree_attention(
         size, heads_kv, capacity, k_cache.shape[0], k_cache.shape[1], packed_mask.shape[-1], window, config.num_splits,
         config.min_tiles, softmax_scale * 1.4426950408889634, softcap,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split, PAGED=paged, APPEND=k is not None,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
+        PAGED=paged, APPEND=k is not None,
         SOFTCAP=softcap > 0, HAS_SCALES=k_scale is not None, UPCAST=upcast,
-        PRECISION="ieee" if q.dtype == torch.float32 or upcast else "tf32",
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages, **flags,
     )  # fmt: skip
     if split:
@@ -393,5 +457,6 @@ def tree_attention(
             out.stride(0), out.stride(1), out.stride(2),
             size, heads_kv, capacity, window, config.num_splits, config.min_tiles,
             GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_R=MERGE_ROWS, BLOCK_N=config.block_n, num_warps=4, **flags,
+            BLOCK_R=MERGE_ROWS, BLOCK_N=config.block_n,
+            SPLITS=min(8, triton.next_power_of_2(config.num_splits)), num_warps=4, **flags,
         )  # fmt: skip

@@ -1,0 +1,123 @@
+"""Every shipped variant of the Triton kernels compiles ahead of time for sm_80, sm_90 and sm_100, fits the shared memory
+of a block and does not spill. Runs without a GPU; in a process of its own, as the interpreter must be off."""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import triton
+
+from medusa_kernels._triton import tree_attention as kernels
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles for real: run with TRITON_INTERPRET=0", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may opt in to
+SMS = {80: 108, 90: 132, 100: 148}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+POINTERS = {
+    "mask_ptr": "i64", "depths_ptr": "i32", "num_nodes_ptr": "i32", "cache_seqlens_ptr": "i32",
+    "block_table_ptr": "i32", "sinks_ptr": "fp32", "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "lse_ptr": "fp32",
+    "partial_ptr": "fp32", "partial_lse_ptr": "fp32",
+}  # fmt: skip
+
+# (nodes, group, batch * KV heads, slots, head dim): the shapes of Vicuna-7B, Llama-3, Llama-3-70B, SmolLM2 and others
+SHAPES = [
+    (1, 4, 8, 4096, 128), (64, 1, 32, 4096, 128), (64, 4, 8, 8192, 128), (64, 4, 64, 4096, 128), (64, 3, 3, 1024, 64),
+    (64, 7, 4, 4096, 128), (26, 1, 32, 2048, 80), (64, 4, 8, 4096, 96), (64, 2, 8, 4096, 256),
+]  # fmt: skip
+ALL = {"PAGED", "APPEND", "HAS_NUM_NODES", "HAS_WINDOW", "SOFTCAP", "HAS_SINKS", "HAS_LSE"}
+VARIANTS = [
+    *((shape, "bf16", "bf16", flags) for shape in SHAPES for flags in (set(), {"PAGED", "APPEND", "HAS_NUM_NODES"})),
+    *((SHAPES[i], "fp16", "fp16", set()) for i in (1, 2)),
+    *((SHAPES[i], "bf16", "bf16", ALL) for i in (1, 2, 4)),
+    *((SHAPES[i], "bf16", "fp8e4nv", {"HAS_SCALES", "APPEND"}) for i in (1, 2)),
+    *((SHAPES[i], "fp32", "fp32", {"APPEND"}) for i in (1, 4)),
+]
+# Bytes of stack that are known and accepted: fp32 exists to compare texts, not to be fast.
+SPILLS: dict[tuple[int, str], int] = {}
+
+
+def compile_for(arch, kernel, constants, pointers, absent, **options):
+    """Compile with the specialisations of a usual launch: pointers and strides divisible by 16."""
+    constants = {**constants, **dict.fromkeys(absent)}
+    signature, attrs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "*" + pointers[name] if name in pointers else "i32"
+        if name in ("qk_scale", "softcap"):
+            signature[name] = "fp32"
+        if name in pointers or re.match(r"stride_(q|k|v|nk|nv|o)", name):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def check(compiled, arch, allowed_stack):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", f.name], capture_output=True, text=True, check=True)
+    regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
+    print(f"sm_{arch}: {regs} registers, {stack} B stack, {compiled.metadata.shared} B shared")
+    assert compiled.metadata.shared <= SHARED[arch]
+    assert stack <= allowed_stack
+    assert getattr(compiled.metadata, "tmem_size", 0) <= 512
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "shape, dtype, cache, flags", VARIANTS, ids=lambda x: "-".join(map(str, sorted(x) if isinstance(x, set) else x))
+    if isinstance(x, (set, tuple)) else None,
+)  # fmt: skip
+def test_compiles(arch, shape, dtype, cache, flags):
+    if cache == "fp8e4nv" and arch == 80:
+        with pytest.raises(Exception, match="fp8e4nv"):
+            build(arch, shape, dtype, cache, flags)
+        return
+    attention, merge, tag = build(arch, shape, dtype, cache, flags)
+    check(attention, arch, SPILLS.get((arch, tag), 0))
+    if merge is not None:
+        check(merge, arch, 0)
+
+
+def build(arch, shape, dtype, cache, flags):
+    nodes, group, heads, slots, head_dim = shape
+    config = kernels.tile_config(nodes * group, head_dim, heads, slots, DTYPES[dtype], SMS[arch])
+    split = config.num_splits > 1
+    booleans = ALL | {"HAS_SCALES"}
+    constants = {name: name in flags for name in booleans} | {
+        "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "SPLIT": split, "UPCAST": False,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    pointers = {**POINTERS, **dict.fromkeys(("q_ptr", "new_k_ptr", "new_v_ptr", "out_ptr"), dtype)}
+    pointers |= {"k_ptr": cache, "v_ptr": cache}
+    needs = {
+        "APPEND": ("new_k_ptr", "new_v_ptr"), "HAS_WINDOW": ("depths_ptr",), "HAS_NUM_NODES": ("num_nodes_ptr",),
+        "PAGED": ("block_table_ptr",), "HAS_SINKS": ("sinks_ptr",), "HAS_SCALES": ("k_scale_ptr", "v_scale_ptr"),
+        "HAS_LSE": ("lse_ptr",),
+    }  # fmt: skip
+    absent = [p for flag, names in needs.items() if flag not in flags for p in names]
+    if not split:
+        absent += ["partial_ptr", "partial_lse_ptr"]
+    attention = compile_for(
+        arch, kernels.tree_attention_kernel, constants, pointers, absent,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    merge = None
+    if split:
+        kept = {k: v for k, v in constants.items() if k in kernels.merge_kernel.arg_names}
+        kept |= {"BLOCK_R": kernels.MERGE_ROWS, "SPLITS": min(8, triton.next_power_of_2(config.num_splits))}
+        absent = [p for p in absent if p in kernels.merge_kernel.arg_names]
+        merge = compile_for(arch, kernels.merge_kernel, kept, pointers, absent, num_warps=4)
+    return attention, merge, f"{dtype}-{head_dim}-{config.block_m}"

@@ -1,0 +1,152 @@
+"""What was built, how setup.py decides, and what the compilers said."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_kernels import _ops
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "medusa_kernels"
+OPERATORS = re.findall(r'^\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text(), re.MULTILINE)
+CUDA_BUILT = (PACKAGE / "_ops_cuda.so").exists()
+
+
+def run(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MEDUSA_KERNELS")}
+    return subprocess.run(
+        [str(c) for c in command], cwd=cwd, env={**inherited, **env}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_operators_are_built():
+    assert "compact_kv_cache" in OPERATORS
+    assert _ops.HAS_CPU_OPS, _ops._load_errors
+    if os.environ.get("MEDUSA_KERNELS_BUILD") == "cuda":
+        assert CUDA_BUILT
+    for name in OPERATORS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"medusa_kernels::{name}", "CPU"), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"medusa_kernels::{name}", "Meta"), f"{name}: no fake"
+
+
+@pytest.mark.skipif(not CUDA_BUILT, reason="built without nvcc")
+def test_every_operator_has_a_cuda_kernel():
+    # Beside a CPU torch some symbols of the library have no definition: bound lazily, it loads all the same.
+    code = f"""
+import ctypes, os, torch
+torch.ops.load_library({str(PACKAGE / "_ops_cpu.so")!r})
+ctypes.CDLL({str(PACKAGE / "_ops_cuda.so")!r}, mode=os.RTLD_LAZY)
+for name in {OPERATORS}:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("medusa_kernels::" + name, "CUDA"), name
+"""
+    done = run(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not CUDA_BUILT, reason="built without nvcc")
+def test_no_kernel_spills():
+    log = (ROOT / "build/ptxas.log").read_text()
+    assert f"sm_{_ops.build_info()['cuda_archs'][0]}" in log
+    pattern = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
+    kernels = re.findall(pattern, log, re.DOTALL)
+    assert len(kernels) >= len(OPERATORS) * len(_ops.build_info()["cuda_archs"])
+    spills = [f"{name} for {arch}: {stores} B" for name, arch, _, stores in kernels if stores != "0"]
+    assert not spills, "\n".join(spills)
+
+
+def test_build_info():
+    info = _ops.build_info()
+    assert info["torch"] == torch.__version__ and info["cpu_ops"] is True
+    assert info["cuda_ops"] is (CUDA_BUILT and torch.version.cuda is not None)
+    assert info["torch_target"] == "2.11" and info["built_with_torch"]
+    assert info["cxx"].split()[0] in ("gcc", "clang")
+    if CUDA_BUILT:
+        assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"]) and info["cuda_archs"]
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch, tmp_path):
+    (tmp_path / "_ops_cuda.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_ops, "_HERE", tmp_path)
+    monkeypatch.setattr(_ops, "_load_errors", {})
+    monkeypatch.setattr(_ops, "HAS_CUDA_OPS", _ops._load("_ops_cuda"))
+    with pytest.raises(RuntimeError, match=r"(?s)_ops_cuda.so: .*(ELF|header|short).*pip install --no-build-isolation"):
+        _ops.op("compact_kv_cache", torch.device("cuda"))
+
+
+def without_torch(folder: Path) -> str:
+    """A PYTHONPATH under which `import torch` fails, as in an isolated build."""
+    (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
+    return str(folder)
+
+
+def without_nvcc(folder: Path) -> dict[str, str]:
+    """An environment without nvcc, with everything else that the build needs."""
+    for tool in ("g++", "ninja", "sh", "cat", "as", "ld"):
+        if found := shutil.which(tool):
+            (folder / tool).symlink_to(found)
+    return {"PATH": str(folder), "CUDA_HOME": ""}
+
+
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_a_mode_without_torch_fails_loudly(mode, tmp_path):
+    done = run(sys.executable, "setup.py", "--version", MEDUSA_KERNELS_BUILD=mode, PYTHONPATH=without_torch(tmp_path))
+    assert done.returncode != 0 and f"MEDUSA_KERNELS_BUILD={mode}: needs torch>=2.11" in done.stderr
+
+
+def test_cuda_without_nvcc_fails_loudly(tmp_path):
+    done = run(sys.executable, "setup.py", "--version", MEDUSA_KERNELS_BUILD="cuda", **without_nvcc(tmp_path))
+    assert done.returncode != 0 and "MEDUSA_KERNELS_BUILD=cuda: no nvcc" in done.stderr
+
+
+@pytest.mark.parametrize("name, value", [("BUILD", "gpu"), ("CUDA_ARCHS", "hopper"), ("CUDA_ARCHS", "")])
+def test_bad_settings_are_named(name, value):
+    done = run(sys.executable, "setup.py", "--version", **{f"MEDUSA_KERNELS_{name}": value})
+    assert done.returncode != 0 and f"MEDUSA_KERNELS_{name}: expected" in done.stderr
+
+
+def test_auto_without_nvcc_warns_and_builds_the_rest(tmp_path):
+    done = run(sys.executable, "setup.py", "--version", **without_nvcc(tmp_path))
+    assert done.returncode == 0 and "without the CUDA operators" in done.stderr
+
+
+def test_a_pure_package_works_and_says_what_it_lacks(tmp_path):
+    (tmp_path / "shadow").mkdir()
+    command = ["setup.py", "-q", "build", "--build-base", tmp_path / "base", "--build-lib", tmp_path / "site"]
+    done = run(sys.executable, *command, PYTHONPATH=without_torch(tmp_path / "shadow"))
+    assert done.returncode == 0 and "pure Python package" in done.stderr, done.stderr
+    assert not list((tmp_path / "site").rglob("*.so"))
+    code = """
+import torch
+from medusa_kernels import _ops, kv_cache, reference
+lengths = torch.tensor([3], dtype=torch.int32)
+args = torch.tensor([[0, 2]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32), lengths
+kv = torch.randn(1, 2, 1, 8, 1, 4)
+reference.compact_kv_cache(kv, *args)
+assert lengths.item() == 5
+info = _ops.build_info()
+assert not info["cpu_ops"] and not info["cuda_ops"] and info["built_with_torch"] is None
+try:
+    kv_cache.compact_kv_cache(kv, *args)
+except RuntimeError as error:
+    assert "pip install --no-build-isolation" in str(error) and "was not built" in str(error)
+    print(_ops.__file__)
+"""
+    done = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site"))
+
+
+def test_headers_under_host_sanitizers(tmp_path):
+    program = tmp_path / "kv_cache_host"
+    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined"]
+    source = ROOT / "tests/kv_cache_host.cpp"
+    compiled = run("g++", *flags, "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", source, "-o", program)
+    assert compiled.returncode == 0, compiled.stderr
+    done = run(program)
+    assert done.returncode == 0, done.stdout + done.stderr
