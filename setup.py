@@ -9,6 +9,7 @@ MEDUSA_KERNELS_CUDA_ARCHS   "80;90;100" (default): machine code for each, and PT
 CUDA_HOME, CXX              where nvcc is (default: on the PATH), the C++ compiler (default: g++)
 """
 
+import fcntl
 import os
 import re
 import shlex
@@ -85,6 +86,7 @@ class NinjaBuild(build_ext):
         return super().get_ext_filename(fullname)
 
     def build_extensions(self):
+        BUILD.mkdir(exist_ok=True)
         steps: list[tuple[Path, list[Path], list[str]]] = []  # output, inputs, command
         for ext in self.extensions:
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -100,7 +102,9 @@ class NinjaBuild(build_ext):
             library = BUILD / "linked" / output.name
             link = [CXX, "-shared", *map(str, objects), "-o", str(library), *link_flags[kind]()]
             steps.append((library, objects, link))
-        run(steps)
+        with (BUILD / "lock").open("w") as lock:  # `make test` beside `make demo`
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            run(steps)
         for ext in self.extensions:
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
             shutil.copyfile(BUILD / "linked" / output.name, output)

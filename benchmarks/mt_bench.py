@@ -4,7 +4,7 @@
     python benchmarks/mt_bench.py --device cuda --dtype bfloat16 --json out.json
 
 Prints steps, tokens and tokens a step by category, with the share of repeated 4-grams (loops flatter speculative
-decoding), and explains each divergence: the gap between the two tokens' logits in fp32, beside what the forward pass
+decoding), and explains each divergence: the gap between the two tokens' logits in fp64, beside what the forward pass
 in the dtype under test is off by at that place. Exits with 1 if a divergence is not explained by that rounding.
 """
 
@@ -49,12 +49,12 @@ def repeated_ngram_share(texts: list[list[int]], n: int = 4) -> float:
 
 @torch.inference_mode()
 def explain(model, exact_model, prompt: list[int], want: list[int], got: list[int]) -> dict:
-    """Where two greedy texts part, and by how much: logits of the text before, in the dtype under test and in fp32."""
+    """Where two greedy texts part, and by how much: logits of the text before, in the dtype under test and in fp64."""
     at = next((i for i, (a, b) in enumerate(zip(want, got)) if a != b), min(len(want), len(got)))
     if at == min(len(want), len(got)):  # one text is the beginning of the other: that is never rounding
         return {"at": at, "gap": None, "explained": False}
     ids = torch.tensor([prompt + want[:at]], device=model.device)
-    logits, exact = (m(ids).logits[0, -1].float() for m in (model, exact_model))
+    logits, exact = (m(ids).logits[0, -1].double() for m in (model, exact_model))
     gap = (exact[want[at]] - exact[got[at]]).abs().item()
     error = (logits - exact).abs().max().item()
     spacing = torch.finfo(model.dtype).eps * exact.max().abs().item()
@@ -108,7 +108,7 @@ def main() -> int:
     exact_model = None
     for row in rows:
         if row["got"] != row["want"]:
-            exact_model = exact_model or copy.deepcopy(model).float()
+            exact_model = exact_model or copy.deepcopy(model).double()
             row["divergence"] = explain(model, exact_model, row["prompt"], row["want"], row["got"])
 
     table = Table(title=f"{args.model}, {args.dtype}, {args.device}, batch {args.batch}, trees of {args.num_nodes}")

@@ -66,13 +66,13 @@ def accept_candidates(
     posterior_threshold, posterior_alpha: of typical acceptance, >= 0
     top_k:         sampling: tokens with fewer than k greater logits are kept; None, in a tensor (int32) 0: all
     top_p:         sampling: tokens are kept while more probable ones, after top_k, weigh less than it. In (0, 1]
-    max_tokens:    tokens that may be emitted now, the root included, `next_token` not; tensor: int32. The path is cut to
-                   it, and a path that reaches it is finished. 0 or less: nothing is emitted, as for a padded request
+    max_tokens:    tokens that may be emitted now, the root included, `next_token` not; tensor: int32. The path is cut
+                   to it, and a path that reaches it is finished. 0 or less: nothing is emitted, as for a padded request
 
-    seed:          needed for sampling (without it a request that a mode tensor wants sampled is greedy); with it typical
-                   acceptance draws its `next_token`. An int: draws are a function of it alone. A [2] int64 tensor (seed,
-                   offset), 0 <= offset < 2**40: the call adds 1 to the offset in place, so that a replayed CUDA graph
-                   draws anew
+    seed:          needed for sampling (without it a request that a mode tensor wants sampled is greedy); with it
+                   typical acceptance draws its `next_token`. An int: draws are a function of it alone. A [2] int64
+                   tensor (seed, offset), 0 <= offset < 2**40: the call adds 1 to the offset in place, so that a
+                   replayed CUDA graph draws anew
     eos_token_id:  an int, up to 16 ints, or an [n] int64 tensor. The path ends with the first of them (the root may be
                    one), which stays in it, and the request is finished
 
@@ -94,8 +94,8 @@ def accept_candidates(
     as 0. Rows with NaN or +inf, or nothing above -inf, have no softmax: typical acceptance and sampling accept nothing
     there, and `next_token` is the argmax.
 
-    Everything is computed from weights that are integers, so results are the same from run to run and on CPU and GPU. No
-    host synchronisation; one launch on a GPU.
+    Everything is computed from weights that are integers, so results are the same from run to run and on CPU and GPU.
+    No host synchronisation; one launch on a GPU.
 
     Raises TypeError, ValueError for an argument of the wrong type, shape, dtype, device, stride or value (values of
     tensors are not read), RuntimeError where the compiled operators are missing. Nothing is written then.
@@ -116,9 +116,9 @@ def accept_candidates(
     if seed is None and modes is None and mode_value == AcceptMode.SAMPLING:
         raise ValueError('seed: mode "sampling" needs an int or a [2] int64 tensor, got None')
     arguments = (
-        logits, tokens, tree.parents, tree.num_nodes, tree.max_depth, modes, mode_value, temperatures, temperature_value,
-        thresholds, threshold_value, alphas, alpha_value, top_ks, top_k_value, top_ps, top_p_value, limits, limit,
-        eos_tensor, eos, generator, seed_value,
+        logits, tokens, tree.parents, tree.num_nodes, tree.max_depth, modes, mode_value, temperatures,
+        temperature_value, thresholds, threshold_value, alphas, alpha_value, top_ks, top_k_value, top_ps, top_p_value,
+        limits, limit, eos_tensor, eos, generator, seed_value,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return Acceptance(*torch.ops.medusa_kernels.accept_candidates(*arguments))

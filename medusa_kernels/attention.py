@@ -73,9 +73,8 @@ def tree_attention(
     check_tensor("q", q, shape=(None, None, None, None), dtype=_FLOATS, last_dim_contiguous=True)
     batch, size, heads, head_dim = q.shape
     device = q.device
-    paged = block_table is not None
     cache_dtype = (q.dtype, torch.float8_e4m3fn)
-    k_shape = (None if paged else batch, None, None, head_dim)
+    k_shape = (None if block_table is not None else batch, None, None, head_dim)
     check_tensor("k_cache", k_cache, shape=k_shape, dtype=cache_dtype, device=device, last_dim_contiguous=True)
     check_tensor("v_cache", v_cache, shape=k_cache.shape, dtype=k_cache.dtype, device=device, last_dim_contiguous=True)
     heads_kv = k_cache.shape[2]
@@ -91,7 +90,7 @@ def tree_attention(
         check_tensor("tree.num_nodes", tree.num_nodes, shape=(batch,), dtype=torch.int32, device=device)
     check_tensor("cache_seqlens", cache_seqlens, shape=(batch,), dtype=torch.int32, device=device)
     capacity = k_cache.shape[1]
-    if paged:
+    if block_table is not None:
         check_tensor("block_table", block_table, shape=(batch, None), dtype=torch.int32, device=device)
         check_tensor("block_table", block_table, last_dim_contiguous=True)
         capacity *= block_table.shape[1]
@@ -124,9 +123,9 @@ def tree_attention(
         if k_scale.shape not in ((), (1,), (heads_kv,)) or not k_scale.is_contiguous():
             raise ValueError(f"k_scale: expected shape [], [1] or [{heads_kv}], got {tuple(k_scale.shape)}")
         check_tensor("v_scale", v_scale, shape=k_scale.shape, dtype=torch.float32, device=device)
-        if not v_scale.is_contiguous():
+        if v_scale is not None and not v_scale.is_contiguous():
             raise ValueError(f"v_scale: expected a contiguous tensor, got strides {v_scale.stride()}")
-    if fp8 and q.is_cuda and _compute_capability(device.index) < (8, 9):
+    if fp8 and q.is_cuda and _sms_and_arch(device.index)[1] < 89:
         raise ValueError("k_cache: float8_e4m3fn needs a GPU of compute capability 8.9 or newer")
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -159,29 +158,24 @@ def _check_values(cache_seqlens, tree, size, capacity, block_table, k_cache) -> 
 
 
 @lru_cache
-def _compute_capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _sms_and_arch(device: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
-@lru_cache
-def _num_sms(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _launch(q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, *rest) -> None:
-    from ._triton import tree_attention as triton_attention
+def _launch(q, k_cache, *args) -> None:
+    from ._triton import tree_attention as kernels
 
     batch, size, heads, head_dim = q.shape
-    heads_kv = k_cache.shape[2]
-    capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
+    block_table = args[7]
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if batch == 0:
         return
-    config = triton_attention.tile_config(
-        size * heads // heads_kv, head_dim, batch * heads_kv, capacity, q.itemsize, _num_sms(q.device.index)
+    heads_kv = k_cache.shape[2]
+    config = kernels.tile_config(
+        size * heads // heads_kv, head_dim, batch * heads_kv, capacity, q.itemsize, *_sms_and_arch(q.device.index)
     )
-    triton_attention.tree_attention(
-        q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, *rest, config
-    )
+    kernels.tree_attention(q, k_cache, *args, config)
 
 
 def _on_cpu(

@@ -5,6 +5,7 @@ Signatures are the operators'. Tests compare each kernel with these, in float64 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,8 +151,9 @@ def accept_candidates(
         _per_request(2**31 if max_tokens is None else max_tokens, batch),
     ]
     eos = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+    key: Any
     key, offset = seed.tolist() if isinstance(seed, Tensor) else (seed, 0)
-    results = []
+    results: list[tuple[list[int], int, bool]] = []
     for b, (mode_, temperature_, threshold, alpha, k, p, limit) in enumerate(zip(*each)):
         nodes = size if tree.num_nodes is None else min(int(tree.num_nodes[b]), size)
         parents = (tree.parents[b] if tree.batched else tree.parents).tolist()
@@ -174,7 +176,8 @@ def accept_candidates(
             return ((row - top) / temperature_).softmax(0) if top.isfinite() else None
 
         def uniforms(node: int, b: int = b) -> tuple[float, float]:
-            return tuple(bits / 2**64 for bits in _philox(key, offset, b, node))
+            first, second = _philox(key, offset, b, node)
+            return first / 2**64, second / 2**64
 
         residual = None
         if mode_ == AcceptMode.SAMPLING:
@@ -185,7 +188,7 @@ def accept_candidates(
                 below = kids[node] if residual is not None and len(path) <= tree.max_depth else []
                 u, sum_below, taken = uniforms(node)[0], 0.0, None
                 for c in below:
-                    if 0 <= toks[c] < vocab and taken is None:
+                    if 0 <= toks[c] < vocab and taken is None and residual is not None:
                         sum_below += float(residual[toks[c]])
                         residual[toks[c]] = 0.0  # so the next sibling of this token has no interval
                         taken = c if u < sum_below else None
@@ -230,13 +233,13 @@ def accept_candidates(
     if isinstance(seed, Tensor):
         seed[1] += 1
     columns, device = tree.max_depth + 1, logits.device
-    path = torch.tensor([q + [-1] * (columns - len(q)) for q, _, _ in results], dtype=torch.int32, device=device)
-    path = path.view(batch, columns)
+    nodes_out = torch.tensor([q + [-1] * (columns - len(q)) for q, _, _ in results], dtype=torch.int32, device=device)
+    nodes_out = nodes_out.view(batch, columns)
     return Acceptance(
         torch.tensor([len(q) - 1 for q, _, _ in results], dtype=torch.int32, device=device),
-        path,
+        nodes_out,
         torch.tensor([q[-1] if q else -1 for q, _, _ in results], dtype=torch.int32, device=device),
-        torch.where(path >= 0, tokens.gather(1, path.long().clamp(min=0)), -1),
+        torch.where(nodes_out >= 0, tokens.gather(1, nodes_out.long().clamp(min=0)), -1),
         torch.tensor([token for _, token, _ in results], dtype=torch.int64, device=device),
         torch.tensor([done for _, _, done in results], dtype=torch.bool, device=device),
     )

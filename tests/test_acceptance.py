@@ -112,8 +112,8 @@ def rows(result):
 
 
 def check_case(monkeypatch, got, logits, tokens, tree, options):
-    """`got` equals the float64 reference for every request, or, where float32 can tip a comparison, the reference on one
-    side of it. Returns how many requests were such."""
+    """`got` equals the float64 reference for every request, or, where float32 can tip a comparison, the reference on
+    one side of it. Returns how many requests were such."""
     want = []
     for sign in (0, -1, 1):
         with monkeypatch.context() as patch:

@@ -14,7 +14,7 @@ from medusa_kernels import _ops
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "medusa_kernels"
-OPERATORS = re.findall(r'^\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text(), re.MULTILINE)
+OPERATORS = re.findall(r'm\.def\(\s*"(\w+)\(', (ROOT / "csrc/ops.cpp").read_text())
 CUDA_BUILT = (PACKAGE / "_ops_cuda.so").exists()
 
 

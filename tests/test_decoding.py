@@ -266,6 +266,10 @@ def test_bad_input(llama):
         decoder.generate([[1]], 0)
     with pytest.raises(ValueError, match="mode"):
         decoder.generate([[1]], 4, mode="beam")
+    wrong = JunkDrafter()
+    wrong.draft = lambda state: (torch.zeros(1, 4, dtype=torch.int64), TokenTree.chain(4))
+    with pytest.raises(ValueError, match="drafter: expected a tree of as many nodes"):
+        TreeDecoder(llama, wrong).generate([[1]], 4)
     with pytest.raises(TypeError, match="model"):
         TreeDecoder(torch.nn.Linear(2, 2), NoDrafter())
     with pytest.raises(ValueError, match="max_cache_len"):

@@ -379,15 +379,19 @@ def merge_kernel(
 
 
 @lru_cache(maxsize=4096)
-def tile_config(rows: int, head_dim: int, heads: int, capacity: int, itemsize: int, num_sms: int) -> TileConfig:
-    """Tiles for `rows` = nodes * group rows of each of `heads` = batch * KV heads, over `capacity` slots.
+def tile_config(
+    rows: int, head_dim: int, heads: int, capacity: int, itemsize: int, num_sms: int, arch: int
+) -> TileConfig:  # fmt: skip
+    """Tiles for `rows` = nodes * group rows of each of `heads` = batch * KV heads, over `capacity` slots, on a
+    GPU of compute capability `arch` (90: 9.0).
 
     Measured on an H100, bf16, head dim 128 (benchmarks/LOG.md): 64 rows and 4 warps, or 128 rows and 8 warps where the
     KV head has more rows than 64, each with 64 keys and 3 stages, beat 32 and 128 keys, and 2 and 4 stages.
     """
     block_n, num_stages = (64, 3) if head_dim <= 128 else (32, 3)
+    wgmma = arch >= 90
     tiles = triton.cdiv(capacity, block_n)
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64 if wgmma or head_dim <= 128 else 32)
     # 128 rows read K and V half as often, but halve the programs: not where a short context leaves too few to fill the
     # card at four tiles each (1024 slots, 8 KV heads, 256 rows: 13.5 us against 15).
     if rows > 64 and head_dim <= 128 and triton.cdiv(rows, 64) * heads * (tiles // 4) > num_sms:
@@ -404,7 +408,9 @@ def tile_config(rows: int, head_dim: int, heads: int, capacity: int, itemsize: i
         return triton.cdiv(programs * splits, num_sms) * (triton.cdiv(tiles, splits) + 2) + (6 if splits > 1 else 0)
 
     num_splits = min(range(1, min(max(1, tiles // 2), 128) + 1), key=cost)
-    return TileConfig(block_m, block_n, num_splits, 2, 8 if block_m == 128 else 4, num_stages)
+    # Without wgmma the operands wait in registers, and four warps spill from 64 rows on; so they do at head dim 256.
+    num_warps = 8 if block_m > 64 or head_dim > 128 or (block_m == 64 and not wgmma) else 4
+    return TileConfig(block_m, block_n, num_splits, 2, num_warps, num_stages)
 
 
 def tree_attention(

@@ -194,7 +194,7 @@ class _Batch:
         self.done = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.remaining = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.seed = torch.zeros(2, dtype=torch.int64, device=self.device)  # and the offset, which each step moves on
-        # Of a drafter on the host, all that a step needs of its trees; and the same in memory that copies do not wait for.
+        # Trees of a drafter on the host, and what they are copied from without waiting.
         columns = 2 * drafter.num_nodes + 1
         self.packed = torch.zeros(batch, columns, dtype=torch.int64, device=self.device)
         self.staging = torch.zeros(batch, columns, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -279,14 +279,17 @@ class _Batch:
         self.clock = _Clock(self.device) if profile else None
         self.graph, self.graph_key = torch.cuda.CUDAGraph(), (*self.key, profile)
         self.graph_eos = self.eos  # keeps it alive
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             self.graph_out = self.whole_step(packed, self.clock)
         self.done.copy_(done)
         self.seed.copy_(seed)
 
     def replay(self, draft: tuple[Tensor, TokenTree] | None) -> tuple[Tensor, "_Clock | None"]:
         if draft is not None:
-            self.staging.copy_(_pack(*draft))  # free: the host has read the step before
+            packed = _pack(*draft)
+            if packed.shape != self.staging.shape:
+                raise ValueError(f"drafter: expected trees of {self.drafter.num_nodes} nodes, got {draft[1].size}")
+            self.staging.copy_(packed)  # free: the host has read the step before
             self.packed.copy_(self.staging, non_blocking=True)
         assert self.graph is not None, "capture() comes first"
         self.graph.replay()
@@ -299,7 +302,7 @@ class _Batch:
         host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         host.copy_(out, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return host, event
 
     def read(self, sent: tuple[Tensor, torch.cuda.Event | None]) -> list[list[int]]:
@@ -319,6 +322,8 @@ def _pack(tokens: Tensor, tree: TokenTree, trim: bool = False) -> Tensor:
     """[B, 2 T + 1] int64: what a step needs of a host drafter's trees, in one copy. `trim` drops columns that are
     padding in every row."""
     batch, size = tokens.shape
+    if tree.size != size:
+        raise ValueError(f"drafter: expected a tree of as many nodes as it has tokens, {size}, got {tree}")
     num_nodes = torch.full((batch,), size) if tree.num_nodes is None else tree.num_nodes
     if trim:
         size = max(int(num_nodes.max()), 1)
@@ -337,14 +342,14 @@ class _Clock:
     """Time between marks by phase: the host's on a CPU; on a GPU the stream's, inside a captured graph too."""
 
     def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.marks: list[tuple[str, Any]] = []  # time.perf_counter() or an event
 
     def mark(self, phase: str) -> None:
         """What came since the mark before was `phase`."""
         now: Any = torch.cuda.Event(enable_timing=True, external=True) if self.on_gpu else time.perf_counter()
         if self.on_gpu:
-            now.record()
+            now.record(torch.cuda.current_stream(self.device))
         self.marks.append((phase, now))
 
     def add_to(self, seconds: dict[str, float]) -> None:

@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .decoder import DecodeStats, TreeDecoder
+from .decoder import PHASES, DecodeStats, TreeDecoder
 from .drafters import NgramDrafter, NoDrafter
 from .models import SMOLLM2, chat_prompt, load_model
 
@@ -96,8 +96,7 @@ def main() -> int:
         verdict = "[green]identical[/green]" if same else "[red]not identical[/red]"
         if not same and args.dtype != "float32":
             verdict += f" (in {args.dtype} near-ties between two tokens may fall either way)"
-        each = decoders["tree"].stats.tokens_per_step
-        console.print(f"\n{verdict}, {each:.2f} tokens a step")
+        console.print(f"\n{verdict}, {decoders['tree'].stats.tokens_per_step:.2f} tokens a step")
 
     table = Table(title=f"identical: {'yes' if identical == len(prompts) else 'NO'} ({identical} of {len(prompts)})")
     table.add_column("")
@@ -108,9 +107,9 @@ def main() -> int:
     table.add_row("tokens a step", *(f"{sum(gains[name]) / max(len(gains[name]), 1):.2f}" for name in decoders))
     table.add_row("tokens a second", *(f"{tokens[name] / seconds[name]:.1f}" for name in decoders))
     table.add_section()
-    for phase in stats["plain"][0].seconds:
-        spent = {name: sum(s.seconds[phase] for s in each) for name, each in stats.items()}
-        table.add_row(f"ms in {phase}", *(f"{1e3 * spent[name]:.1f}" for name in decoders))
+    for phase in PHASES:
+        spent_ms = (1e3 * sum(s.seconds[phase] for s in each) for each in stats.values())
+        table.add_row(f"ms in {phase}", *(f"{ms:.1f}" for ms in spent_ms))
     console.print(table)
     return 0 if identical == len(prompts) or args.dtype != "float32" else 1
 
