@@ -112,6 +112,7 @@ if HAS_CPU_OPS:
             "accept_length": accept_length,
             "cache_seqlens": cache_seqlens,
             "block_table": block_table,
+            **{f"kv (tensor {i})": x for i, x in enumerate(kv)},
         }
         for name, x in tensors.items():
             if x is not None and x.device != kv[0].device:

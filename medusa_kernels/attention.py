@@ -163,19 +163,44 @@ def _sms_and_arch(device: int) -> tuple[int, int]:
     return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
-def _launch(q, k_cache, *args) -> None:
+def _launch(
+    q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
+    softmax_scale, window, softcap, out, lse,
+) -> None:  # fmt: skip
     from ._triton import tree_attention as kernels
 
     batch, size, heads, head_dim = q.shape
-    block_table = args[7]
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if batch == 0:
         return
     heads_kv = k_cache.shape[2]
-    config = kernels.tile_config(
-        size * heads // heads_kv, head_dim, batch * heads_kv, capacity, q.itemsize, *_sms_and_arch(q.device.index)
-    )
-    kernels.tree_attention(q, k_cache, *args, config)
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    num_sms, arch = _sms_and_arch(q.device.index)
+    rows = size * heads // heads_kv
+    config = kernels.tile_config(rows, head_dim, batch * heads_kv, capacity, q.itemsize, num_sms, arch)
+    if arch == 90 and config.block_m == 128:  # bound by arithmetic: Hopper's own kernel is up to 10% faster
+        hopper = _hopper_kernels()
+        if hopper and hopper.supports(q, k_cache, v_cache, k, v, block_table, sinks, k_scale, window, softcap):
+            hopper.tree_attention(
+                q, k_cache, v_cache, k, v, packed_mask, num_nodes, cache_seqlens, block_table, softmax_scale, out, lse,
+                config.num_splits, config.min_tiles, num_sms,
+            )  # fmt: skip
+            return
+    kernels.tree_attention(
+        q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
+        softmax_scale, window, softcap, out, lse, config,
+    )  # fmt: skip
+
+
+@lru_cache
+def _hopper_kernels():
+    """The module, or None with a Triton whose Gluon dialect, still experimental, is not the one it was written in."""
+    import triton
+
+    if not triton.__version__.startswith("3.6."):
+        return None
+    from ._triton import tree_attention_hopper
+
+    return tree_attention_hopper
 
 
 def _on_cpu(

@@ -1,4 +1,4 @@
-"""The Triton kernels compile ahead of time for sm_80, sm_90 and sm_100, fit the shared memory of a block and do not spill.
+"""The Triton kernels compile ahead of time for sm_80, sm_90 and sm_100, fit a block's shared memory and do not spill.
 
 Runs without a GPU; in a process of its own, as the interpreter must be off.
 """
@@ -13,12 +13,14 @@ import pytest
 import triton
 
 from medusa_kernels._triton import tree_attention as kernels
+from medusa_kernels._triton import tree_attention_hopper as hopper
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles for real: run with TRITON_INTERPRET=0", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may opt in to
@@ -51,19 +53,24 @@ STACK = 16
 SPILLS = {(80, "all"): 96, (80, "fp32"): 256, (90, "fp32"): 256, (100, "fp32"): 256}
 
 
-def compile_for(arch, kernel, constants, pointers, absent, **options):
-    """Compile with the specialisations of a usual launch: pointers and strides divisible by 16."""
-    constants = {**constants, **dict.fromkeys(absent)}
+def specialise(kernel, constants, pointers, descriptors):
+    """Signature and attributes of a usual launch: pointers and strides divisible by 16."""
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = "*" + pointers[name] if name in pointers else "i32"
+        signature[name] = descriptors.get(name) or ("*" + pointers[name] if name in pointers else "i32")
         if name in ("qk_scale", "softcap"):
             signature[name] = "fp32"
         if name in pointers or re.match(r"stride_(q|k|v|nk|nv|o)", name):
             attrs[(i,)] = [["tt.divisibility", 16]]
+    return signature, attrs
+
+
+def compile_for(arch, kernel, constants, pointers, absent, **options):
+    constants = {**constants, **dict.fromkeys(absent)}
+    signature, attrs = specialise(kernel, constants, pointers, descriptors={})
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -127,3 +134,34 @@ def build(arch, shape, dtype, cache, flags):
         absent = [p for p in absent if p in kernels.merge_kernel.arg_names]
         merge = compile_for(arch, kernels.merge_kernel, kept, pointers, absent, num_warps=4)
     return attention, merge
+
+
+# Scalars of the loop over work items and of the masked tiles, in bytes of stack; the loops over whole tiles keep theirs
+# in registers, but for the producer's with pages of 16.
+@pytest.mark.parametrize(
+    "head_dim, group, page, flags, stack",
+    [
+        (128, 4, 0, set(), 64),
+        (128, 8, 0, {"SPLIT"}, 64),
+        (64, 3, 0, {"SPLIT"}, 16),
+        (128, 4, 64, {"SPLIT", "HAS_NUM_NODES", "HAS_LSE"}, 64),
+        (128, 4, 0, {"APPEND", "HAS_NUM_NODES"}, 128),
+        (128, 4, 16, {"APPEND", "HAS_NUM_NODES"}, 192),
+    ],
+)
+def test_hopper_compiles(head_dim, group, page, flags, stack):
+    kernel = hopper.tree_attention_hopper_kernel
+    box = min(page or hopper.BLOCK_N, hopper.BLOCK_N)
+    constants = {
+        "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_M": hopper.BLOCK_M, "BLOCK_N": hopper.BLOCK_N, "BOX": box,
+        "STAGES": hopper.NUM_STAGES, "PAGED": page > 0,
+        **{name: name in flags for name in ("SPLIT", "APPEND", "HAS_NUM_NODES", "HAS_LSE")},
+    }  # fmt: skip
+    pointers = {**POINTERS, **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "new_k_ptr", "new_v_ptr", "out_ptr"), "bf16")}
+    descriptor = f"tensordesc<bf16[1,1,{box},64],{hopper._box_layout()!r}>"
+    signature, attrs = specialise(kernel, constants, pointers, descriptors={"k_desc": descriptor, "v_desc": descriptor})
+    source = GluonASTSource(kernel, signature, constants, attrs)
+    options = {"num_warps": 4, "maxnreg": hopper._ENTRY_REGISTERS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert "wgmma.mma_async" in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
+    check(compiled, 90, stack)

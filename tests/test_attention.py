@@ -1,4 +1,4 @@
-"""Tree attention: Triton kernel (interpreted without a GPU), CPU operator and reference against float64 and loops."""
+"""Tree attention: Triton kernel (plain_kernel without a GPU), CPU operator and reference against float64 and loops."""
 
 import math
 from dataclasses import dataclass, field
@@ -93,8 +93,11 @@ class Case:
         return q, *caches, tree, torch.tensor(self.lengths, dtype=torch.int32, device=self.device), kwargs
 
 
-def interpreted(q, k_cache, v_cache, tree, cache_seqlens, config, **kw):
-    """The Triton kernel itself, on tensors of any device."""
+def plain_kernel(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
+    """The plain Triton kernel itself, on tensors of any device."""
+    if config is None:
+        rows, capacity = q.shape[1] * q.shape[2] // k_cache.shape[2], k_cache.shape[1]
+        config = triton_attention.tile_config(rows, q.shape[3], q.shape[0], capacity, q.itemsize, 132, 90)
     out = torch.full_like(q, NAN)
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), NAN, dtype=torch.float32)
     triton_attention.tree_attention(
@@ -179,21 +182,21 @@ configs = st.builds(
 @settings(max_examples=70, **slow_ok)
 @given(cases(max_size=40, max_length=100), configs)
 def test_kernel(case, config):
-    check(case, interpreted, config)
+    check(case, plain_kernel, config)
 
 
 @interpreter
 @pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("size", [64, 65, 130])
 def test_kernel_large(head_dim, size):
-    check(Case([70, 3], [size, size - 1], size, 1, 2, head_dim, append=True), interpreted, TileConfig(64, 64, 2))
+    check(Case([70, 3], [size, size - 1], size, 1, 2, head_dim, append=True), plain_kernel, TileConfig(64, 64, 2))
 
 
 @interpreter
 @pytest.mark.parametrize("paged", [0, 16])
 def test_kernel_bf16(paged):
     case = Case([40, 0], [20, 7], 20, 1, 4, 64, torch.bfloat16, block_size=paged)
-    check(case, interpreted, TileConfig(32, 32, 2))
+    check(case, plain_kernel, TileConfig(32, 32, 2))
 
 
 def plain_loops(q, k_cache, v_cache, tree, lens, window, softcap):
@@ -254,7 +257,7 @@ def test_values_are_clamped_not_followed():
         lens.fill_(bad_lens)
         if bad_table is not None:
             kw["block_table"] = torch.full_like(kw["block_table"], bad_table)
-        for run in (public, interpreted) if triton_attention.INTERPRET else (public,):
+        for run in (public, plain_kernel) if triton_attention.INTERPRET else (public,):
             out, _ = run(q, k_cache, v_cache, tree, lens, config=TileConfig(16, 16, 2), **kw)
             assert out.isfinite().all()
 
@@ -317,15 +320,17 @@ GPU_CASES = [
     {"window": 3, "sinks": True, "softcap": 5.0, "append": True, "block_size": 64},
     {"dtype": torch.float32}, {"dtype": torch.float32, "head_dim": 64, "append": True, "block_size": 16},
     *({"size": t, "num_nodes": [t, max(t - 1, 1)], "append": t % 2 == 1} for t in (1, 5, 17, 65, 130)),
+    {"heads_kv": 40, "lengths": [1000, 130, 64, 0, 700], "num_nodes": [64, 60, 0, 64, 1]},
     *({"size": t, "num_nodes": [t, t], "group": 1} for t in (1, 5, 17, 65, 130)),
 ]  # fmt: skip
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("run", [public, plain_kernel])  # on Hopper the first is another kernel where it can be
 @pytest.mark.parametrize("options", GPU_CASES, ids=str)
-def test_gpu(options):
+def test_gpu(options, run):
     base = {"lengths": [1000, 130], "num_nodes": [64, 64], "size": 64, "group": 4, "head_dim": 128}
-    check(Case(**{**base, "dtype": torch.bfloat16, **options}, device="cuda"), public)
+    check(Case(**{**base, "dtype": torch.bfloat16, **options}, device="cuda"), run)
 
 
 @pytest.mark.gpu

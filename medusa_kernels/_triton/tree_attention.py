@@ -413,6 +413,33 @@ def tile_config(
     return TileConfig(block_m, block_n, num_splits, 2, num_warps, num_stages)
 
 
+def allocate_partial(q, heads_kv, num_splits):
+    """Room for the splits' results and their LSE, None and None without splits."""
+    if num_splits == 1:
+        return None, None
+    batch, size, heads, head_dim = q.shape
+    partial = torch.empty((batch * heads_kv, num_splits, size * (heads // heads_kv), head_dim), dtype=torch.float32,
+                          device=q.device)  # fmt: skip
+    return partial, partial.new_empty(partial.shape[:3])
+
+
+def merge(
+    partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse, heads_kv, capacity, window, num_splits, min_tiles,
+    block_n,
+):  # fmt: skip
+    """Launch the merge; `block_n`, `num_splits`, `min_tiles` and `window` say how the keys were split."""
+    batch, size, heads, head_dim = out.shape
+    merge_kernel[(triton.cdiv(partial.shape[2], MERGE_ROWS), batch * heads_kv)](
+        partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse,
+        out.stride(0), out.stride(1), out.stride(2),
+        size, heads_kv, capacity, window, num_splits, min_tiles,
+        GROUP=heads // heads_kv, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_R=MERGE_ROWS, BLOCK_N=block_n, SPLITS=min(8, triton.next_power_of_2(num_splits)),
+        HAS_NUM_NODES=num_nodes is not None, HAS_WINDOW=window > 0, HAS_SINKS=sinks is not None,
+        HAS_LSE=lse is not None, num_warps=4,
+    )  # fmt: skip
+
+
 def tree_attention(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
     softmax_scale, window, softcap, out, lse, config,
@@ -424,17 +451,8 @@ def tree_attention(
     paged = block_table is not None
     capacity = block_table.shape[1] * k_cache.shape[1] if paged else k_cache.shape[1]
     row_blocks = triton.cdiv(rows, config.block_m)
-    split = config.num_splits > 1
-    partial = partial_lse = None
-    if split:
-        parts = batch * heads_kv * config.num_splits * rows
-        partial = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
+    partial, partial_lse = allocate_partial(q, heads_kv, config.num_splits)
     per_request = packed_mask.dim() == 3
-    flags = {
-        "HAS_NUM_NODES": num_nodes is not None, "HAS_WINDOW": window > 0, "HAS_SINKS": sinks is not None,
-        "HAS_LSE": lse is not None,
-    }  # fmt: skip
     upcast = INTERPRET and q.dtype == torch.bfloat16  # the interpreter multiplies the raw bits of bf16
     tree_attention_kernel[(row_blocks, config.num_splits, batch * heads_kv)](
         q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
@@ -451,18 +469,16 @@ def tree_attention(
         size, heads_kv, capacity, k_cache.shape[0], k_cache.shape[1], packed_mask.shape[-1], window, config.num_splits,
         config.min_tiles, softmax_scale * 1.4426950408889634, softcap,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=split,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=partial is not None,
         PAGED=paged, APPEND=k is not None,
         SOFTCAP=softcap > 0, HAS_SCALES=k_scale is not None, UPCAST=upcast,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-        num_warps=config.num_warps, num_stages=config.num_stages, **flags,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+        HAS_NUM_NODES=num_nodes is not None, HAS_WINDOW=window > 0, HAS_SINKS=sinks is not None,
+        HAS_LSE=lse is not None,
     )  # fmt: skip
-    if split:
-        merge_kernel[(triton.cdiv(rows, MERGE_ROWS), batch * heads_kv)](
-            partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse,
-            out.stride(0), out.stride(1), out.stride(2),
-            size, heads_kv, capacity, window, config.num_splits, config.min_tiles,
-            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_R=MERGE_ROWS, BLOCK_N=config.block_n,
-            SPLITS=min(8, triton.next_power_of_2(config.num_splits)), num_warps=4, **flags,
+    if partial is not None:
+        merge(
+            partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse, heads_kv, capacity, window,
+            config.num_splits, config.min_tiles, config.block_n,
         )  # fmt: skip

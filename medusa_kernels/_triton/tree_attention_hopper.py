@@ -1,12 +1,11 @@
 """Tree attention for Hopper (compute capability 9.0) in Triton's Gluon dialect; semantics of `tree_attention.py`.
 
-Shaped like FlashAttention-3 (arXiv 2407.08608). A block owns one or two tiles of 64 rows, each a warpgroup's, that
+Shaped like FlashAttention-3 (arXiv 2407.08608). A block owns two tiles of 64 rows, each a warpgroup's, that
 share a ring of K and V tiles filled by a third warpgroup: whole tiles of the committed prefix by TMA, the partial one
 and the tree's by masked cp.async, which puts zeros where the cache may hold anything. A warpgroup issues the matmul of
 the next scores and that of this tile's probabilities with V together, and does the softmax while the second runs.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -30,20 +29,13 @@ _key_range = gluon.jit(plain._key_range.fn)
 _finish = gluon.jit(plain._finish.fn)
 _ROWS = gl.constexpr(64)  # of a warpgroup
 _TREE = gl.constexpr(64)  # nodes of a tree tile: one mask word a row
+BLOCK_M, BLOCK_N, NUM_STAGES = 128, 64, 4  # beat 128 keys in 2 stages, and the two warpgroups taking turns
+# A thread's, of 64 Ki a multiprocessor: at entry, then a consumer's and a producer's.
+_ENTRY_REGISTERS = 168
+_CONSUMER_REGISTERS = gl.constexpr(232)
+_PRODUCER_REGISTERS = gl.constexpr(40)
 _FIRST = gl.constexpr(0)  # tile of rows
 _SECOND = gl.constexpr(1)
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    """`block_m`, `block_n`: 64 or 128; `blocks`: resident on a multiprocessor (2: half the registers each)."""
-
-    block_m: int
-    block_n: int
-    num_splits: int
-    min_tiles: int = 1
-    num_stages: int = 2
-    blocks: int = 1
 
 
 @gluon.jit
@@ -142,7 +134,7 @@ def _producer(
     HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
     PAGED: gl.constexpr, APPEND: gl.constexpr, HAS_NUM_NODES: gl.constexpr,
 ):  # fmt: skip
-    k_bufs, v_bufs, k_full, v_full, k_empty, v_empty, _turns = rings
+    k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
     (stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
      stride_nkb, stride_nkh, stride_nkt, stride_nvb, stride_nvh, stride_nvt, stride_table) = strides  # fmt: skip
     capacity, num_blocks, block_size = cache
@@ -245,9 +237,9 @@ def _consumer(
     q_ptr, mask_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_buf, rings, strides,
     words, capacity, plan, qk_scale, part: gl.constexpr,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SPLIT: gl.constexpr, HAS_NUM_NODES: gl.constexpr, HAS_LSE: gl.constexpr, ORDERED: gl.constexpr,
+    SPLIT: gl.constexpr, HAS_NUM_NODES: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    k_bufs, v_bufs, k_full, v_full, k_empty, v_empty, turns = rings
+    k_bufs, v_bufs, k_full, v_full, k_empty, v_empty = rings
     stride_qb, stride_qt, stride_qh, stride_mb, stride_ob, stride_ot, stride_oh = strides
     cache_seqlens_ptr, num_nodes_ptr, num_nodes, heads_kv, num_splits, min_tiles, blocks_m, total = plan
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -260,7 +252,6 @@ def _consumer(
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     rows = num_nodes * GROUP
     done = 0
-    turn = 0
     for index in range(gl.program_id(0), total, gl.num_programs(0)):
         block_m, split, batch, head_kv, length, nodes, prefix_tiles, lo, hi = _work(
             index, cache_seqlens_ptr, num_nodes_ptr, num_nodes, heads_kv, capacity, num_splits, min_tiles, blocks_m,
@@ -308,15 +299,10 @@ def _consumer(
                 ring_v = done % STAGES
                 phase_v = (done // STAGES) & 1
                 done += 1
-                if ORDERED:
-                    mbarrier.wait(turns.index(part), (turn & 1) ^ (1 - part))
                 s = gl.zeros([_ROWS, BLOCK_N], gl.float32, s_layout)
                 s = warpgroup_mma(q_buf, k_bufs.index(ring).permute((1, 0)), s, use_acc=False, is_async=True)
                 mbarrier.wait(v_full.index(ring_v), phase_v)
                 o = warpgroup_mma(p, v_bufs.index(ring_v), acc, is_async=True)
-                if ORDERED:
-                    mbarrier.arrive(turns.index(1 - part), count=1)
-                    turn += 1
                 s = warpgroup_mma_wait(1, deps=[s])
                 gl.thread_barrier()
                 mbarrier.arrive(k_empty.index(ring), count=1)
@@ -403,31 +389,27 @@ def tree_attention_hopper_kernel(
     stride_mb, stride_table, stride_ob, stride_ot, stride_oh,
     num_nodes, heads_kv, capacity, num_blocks, block_size, words, num_splits, min_tiles, blocks_m, total, qk_scale,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    STAGES: gl.constexpr,
     SPLIT: gl.constexpr, PAGED: gl.constexpr, APPEND: gl.constexpr,
-    HAS_NUM_NODES: gl.constexpr, HAS_LSE: gl.constexpr, ORDERED: gl.constexpr,
+    HAS_NUM_NODES: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    CONSUMERS: gl.constexpr = BLOCK_M // _ROWS
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, _ROWS, HEAD_DIM], tile_layout)
+    q_bufs = gl.allocate_shared_memory(dtype, [2, _ROWS, HEAD_DIM], tile_layout)
     k_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_layout)
     v_bufs = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_layout)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(turns.index(0), count=1)
-    mbarrier.init(turns.index(1), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=CONSUMERS)
-        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
     gl.thread_barrier()
-    rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty, turns)
+    rings = (k_bufs, v_bufs, k_full, v_full, k_empty, v_empty)
     plan = (cache_seqlens_ptr, num_nodes_ptr, num_nodes, heads_kv, num_splits, min_tiles, blocks_m, total)
     cache = (capacity, num_blocks, block_size)
     strides = (stride_qb, stride_qt, stride_qh, stride_mb, stride_ob, stride_ot, stride_oh)
@@ -436,48 +418,25 @@ def tree_attention_hopper_kernel(
         stride_nkb, stride_nkh, stride_nkt, stride_nvb, stride_nvh, stride_nvt, stride_table,
     )  # fmt: skip
     # Constants go in at the call: a tuple kept in a variable would turn them into run-time values.
-    if CONSUMERS == 1:
-        gl.warp_specialize(
-            [
-                (_consumer, (
-                    q_ptr, mask_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_bufs.index(0), rings, strides,
-                    words, capacity, plan, qk_scale,
-                    _FIRST, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, SPLIT, HAS_NUM_NODES, HAS_LSE, ORDERED,
-                )),
-                (_producer, (
-                    k_desc, v_desc, k_ptr, v_ptr, new_k_ptr, new_v_ptr, block_table_ptr, rings, cache_strides,
-                    cache, plan, HEAD_DIM, BLOCK_N, BOX, STAGES, PAGED, APPEND, HAS_NUM_NODES,
-                )),
-            ],
-            [4], [PRODUCER_REGS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (
-                    q_ptr, mask_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_bufs.index(0), rings, strides,
-                    words, capacity, plan, qk_scale,
-                    _FIRST, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, SPLIT, HAS_NUM_NODES, HAS_LSE, ORDERED,
-                )),
-                (_consumer, (
-                    q_ptr, mask_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_bufs.index(1), rings, strides,
-                    words, capacity, plan, qk_scale,
-                    _SECOND, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, SPLIT, HAS_NUM_NODES, HAS_LSE, ORDERED,
-                )),
-                (_producer, (
-                    k_desc, v_desc, k_ptr, v_ptr, new_k_ptr, new_v_ptr, block_table_ptr, rings, cache_strides,
-                    cache, plan, HEAD_DIM, BLOCK_N, BOX, STAGES, PAGED, APPEND, HAS_NUM_NODES,
-                )),
-            ],
-            [4, 4], [CONSUMER_REGS, PRODUCER_REGS],
-        )  # fmt: skip
-
-
-def registers(block_m: int, blocks: int) -> tuple[int, int, int]:
-    """A thread's at entry; then a consumer's and a producer's: warpgroups share out 64 Ki a multiprocessor."""
-    if block_m == 128:
-        return 168, 232, 40
-    return (128, 216, 40) if blocks > 1 else (248, 248, 248)
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                q_ptr, mask_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_bufs.index(0), rings, strides,
+                words, capacity, plan, qk_scale,
+                _FIRST, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, SPLIT, HAS_NUM_NODES, HAS_LSE,
+            )),
+            (_consumer, (
+                q_ptr, mask_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr, q_bufs.index(1), rings, strides,
+                words, capacity, plan, qk_scale,
+                _SECOND, GROUP, HEAD_DIM, BLOCK_M, BLOCK_N, STAGES, SPLIT, HAS_NUM_NODES, HAS_LSE,
+            )),
+            (_producer, (
+                k_desc, v_desc, k_ptr, v_ptr, new_k_ptr, new_v_ptr, block_table_ptr, rings, cache_strides,
+                cache, plan, HEAD_DIM, BLOCK_N, BOX, STAGES, PAGED, APPEND, HAS_NUM_NODES,
+            )),
+        ],
+        [4, 4], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS],
+    )  # fmt: skip
 
 
 class _Base:
@@ -525,8 +484,8 @@ def supports(q, k_cache, v_cache, k, v, block_table, sinks, k_scale, window, sof
 
 
 def tree_attention(
-    q, k_cache, v_cache, k, v, packed_mask, num_nodes, cache_seqlens, block_table, softmax_scale, out, lse, config,
-    num_sms=132, ordered=False,
+    q, k_cache, v_cache, k, v, packed_mask, num_nodes, cache_seqlens, block_table, softmax_scale, out, lse,
+    num_splits, min_tiles, num_sms,
 ):  # fmt: skip
     """`tree_attention.tree_attention` where `supports` says so."""
     batch, size, heads, head_dim = q.shape
@@ -534,42 +493,32 @@ def tree_attention(
     group, rows = heads // heads_kv, size * (heads // heads_kv)
     paged = block_table is not None
     capacity = block_table.shape[1] * page if paged else page
-    split = config.num_splits > 1
-    partial, partial_lse = q, cache_seqlens  # never touched without splits
-    if split:
-        parts = batch * heads_kv * config.num_splits * rows
-        partial = torch.empty(parts * head_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(parts, dtype=torch.float32, device=q.device)
-    box = min(page, config.block_n) if paged else config.block_n
-    row_blocks = triton.cdiv(rows, config.block_m)
-    total = row_blocks * config.num_splits * batch * heads_kv
-    at_entry, consumer, producer = registers(config.block_m, config.blocks)
+    partial, partial_lse = plain.allocate_partial(q, heads_kv, num_splits)
+    box = min(page, BLOCK_N) if paged else BLOCK_N
+    row_blocks = triton.cdiv(rows, BLOCK_M)
+    total = row_blocks * num_splits * batch * heads_kv
     append = k is not None
-    tree_attention_hopper_kernel[(min(total, num_sms * config.blocks),)](
+    unused = cache_seqlens  # stands in for a pointer that is never followed
+    tree_attention_hopper_kernel[(min(total, num_sms),)](
         _descriptor(k_cache.data_ptr(), k_cache.dtype, k_cache.shape, k_cache.stride(), box),
         _descriptor(v_cache.data_ptr(), v_cache.dtype, v_cache.shape, v_cache.stride(), box),
         q, k_cache, v_cache, k if append else k_cache, v if append else v_cache, packed_mask,
-        cache_seqlens if num_nodes is None else num_nodes, cache_seqlens, block_table if paged else cache_seqlens,
-        out, out if lse is None else lse, partial, partial_lse,
+        unused if num_nodes is None else num_nodes, cache_seqlens, block_table if paged else unused,
+        out, unused if lse is None else lse,
+        unused if partial is None else partial, unused if partial_lse is None else partial_lse,
         q.stride(0), q.stride(1), q.stride(2),
         *_strides(k_cache), *_strides(v_cache), *(_strides(k) + _strides(v) if append else [0] * 6),
         packed_mask.stride(0) if packed_mask.dim() == 3 else 0,
         block_table.stride(0) if paged else 0,
         out.stride(0), out.stride(1), out.stride(2),
-        size, heads_kv, capacity, k_cache.shape[0], page, packed_mask.shape[-1], config.num_splits,
-        config.min_tiles, row_blocks, total, softmax_scale * 1.4426950408889634,
-        GROUP=group, HEAD_DIM=head_dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BOX=box,
-        STAGES=config.num_stages, CONSUMER_REGS=consumer, PRODUCER_REGS=producer,
-        SPLIT=split, PAGED=paged, APPEND=append, HAS_NUM_NODES=num_nodes is not None, HAS_LSE=lse is not None,
-        ORDERED=ordered and config.block_m == 128, num_warps=4, maxnreg=at_entry,
+        size, heads_kv, capacity, k_cache.shape[0], page, packed_mask.shape[-1], num_splits, min_tiles,
+        row_blocks, total, softmax_scale * 1.4426950408889634,
+        GROUP=group, HEAD_DIM=head_dim, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BOX=box, STAGES=NUM_STAGES,
+        SPLIT=num_splits > 1, PAGED=paged, APPEND=append, HAS_NUM_NODES=num_nodes is not None,
+        HAS_LSE=lse is not None, num_warps=4, maxnreg=_ENTRY_REGISTERS,
     )  # fmt: skip
-    if split:
-        merge_rows = 8
-        plain.merge_kernel[(triton.cdiv(rows, merge_rows), batch * heads_kv)](
-            partial, partial_lse, num_nodes, cache_seqlens, None, out, lse,
-            out.stride(0), out.stride(1), out.stride(2),
-            size, heads_kv, capacity, 0, config.num_splits, config.min_tiles,
-            GROUP=group, HEAD_DIM=head_dim, BLOCK_D=head_dim, BLOCK_R=merge_rows, BLOCK_N=config.block_n,
-            SPLITS=min(8, triton.next_power_of_2(config.num_splits)), HAS_NUM_NODES=num_nodes is not None,
-            HAS_WINDOW=False, HAS_SINKS=False, HAS_LSE=lse is not None, num_warps=4,
+    if partial is not None:
+        plain.merge(
+            partial, partial_lse, num_nodes, cache_seqlens, None, out, lse, heads_kv, capacity, 0, num_splits,
+            min_tiles, BLOCK_N,
         )  # fmt: skip
