@@ -2,6 +2,7 @@
 # make test    the test suite
 # make aot     compiles every Triton variant for sm_80, sm_90 and sm_100, without a GPU
 # make lint    ruff, clang-format, mypy
+# make sanitize  a small run of each operator under compute-sanitizer (needs a GPU)
 # make bench   the benchmarks of the operators (needs a GPU)
 #
 # Each sets up what it needs in .venv. Where python3 has a torch with a GPU already, that one is used as it is, offline.
@@ -18,22 +19,29 @@ READY :=
 export MEDUSA_KERNELS_CUDA_ARCHS ?= $(GPU_ARCH)
 endif
 
-.PHONY: demo test aot lint bench build clean
+JOBS := $(shell n=$$(nproc); echo $$((n > 12 ? 12 : n)))
+
+.PHONY: demo test aot lint sanitize bench build clean
 
 demo: build
 	$(PY) -m medusa_kernels.decoding.demo
 
 test: build
-	$(PY) -m pytest -q --ignore=tests/test_aot.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --ignore=tests/test_aot.py
 
 aot: build
-	TRITON_INTERPRET=0 $(PY) -m pytest -q tests/test_aot.py
+	TRITON_INTERPRET=0 $(PY) -m pytest -q -n $(JOBS) tests/test_aot.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m clang_format --dry-run -Werror csrc/* $(wildcard tests/*.cpp)
 	$(PY) -m mypy
+
+sanitize: build
+	for tool in memcheck racecheck initcheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py || exit 1; \
+	done
 
 bench: build
 	$(PY) benchmarks/run.py

@@ -205,6 +205,7 @@ struct Distribution {
     int32_t argmax;             // 0 without a number in the row
     bool has_max;               // the row holds a number
     bool valid;                 // and no NaN nor +inf, and something above -inf: its softmax exists
+    uint16_t padding;           // named, so that a copy by words reads nothing that was never written
     float max, scale;           // of a logit x: log2 of its weight is (x - max) * scale, + 31
     float inv_total, ln_total;  // typical: of the sum of exp(x - max)
     float bound;                // typical: a probability must be greater
@@ -260,7 +261,7 @@ MK_HD Request load_request(const AcceptArgs& a, int b) {
 }
 
 MK_HD Distribution start_distribution(uint64_t best, bool has_nan, float max, float scale) {
-    Distribution d;
+    Distribution d{};
     d.argmax = best ? static_cast<int32_t>(0xFFFFFFFFu - static_cast<uint32_t>(best)) : 0;
     d.has_max = best != 0;
     const uint32_t key = static_cast<uint32_t>(best >> 32);

@@ -379,3 +379,11 @@ def test_smoke_run(op, peers, tmp_path, capsys):
     assert "SMOKE TEST" in capsys.readouterr().out
     rows = json.loads((tmp_path / f"cpu_{op}.json").read_text())["results"]
     assert sum(r["status"] == "ok" for r in rows) >= 3 and (tmp_path / f"cpu_{op}.png").stat().st_size > 5000
+
+
+def test_readme_figures_are_those_of_the_results():
+    import readme
+
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme.render(text) == text, "run benchmarks/readme.py"
+    assert text.count("<!-- results:") == 4

@@ -6,7 +6,7 @@ from transformers import BloomConfig, Gemma2Config, GptOssConfig, LlamaConfig, M
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from medusa_kernels import TokenTree
-from medusa_kernels.integrations.transformers import TreeCache, prefill, tree_forward
+from medusa_kernels.integrations.transformers import TreeCache, _chunk_size, prefill, tree_forward
 
 VOCAB = 50
 SIZES = {
@@ -123,3 +123,12 @@ def test_models_that_do_not_fit():
         TreeCache(chunked, 1, 8)
     with pytest.raises(ValueError, match="head"):
         TreeCache(make_model("llama").model, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "remaining, max_cache_len, device, size",
+    [(3, 100, "cpu", 3), (600, 700, "cpu", 512), (3, 100, "cuda", 16), (3, 5, "cuda", 5), (300, 482, "cuda", 482),
+     (300, 900, "cuda", 512), (600, 700, "cuda", 512)],
+)  # fmt: skip
+def test_prefill_chunks_fit_the_cache(remaining, max_cache_len, device, size):
+    assert _chunk_size(remaining, max_cache_len, torch.device(device)) == size

@@ -104,9 +104,7 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: Tre
     lengths = torch.tensor([len(prompt) - 1 for prompt in prompts], dtype=torch.int32)
     cache.cache_seqlens.zero_()
     for start in range(0, int(lengths.max()), PREFILL_CHUNK):
-        size = min(int(lengths.max()) - start, PREFILL_CHUNK)
-        if device.type == "cuda":  # few sizes, so few kernel variants to compile
-            size = max(16, 1 << (size - 1).bit_length())
+        size = _chunk_size(int(lengths.max()) - start, cache.max_cache_len, device)
         num_nodes = (lengths - start).clamp(0, size)
         tokens = torch.zeros(len(prompts), size, dtype=torch.int64)
         for row, prompt, nodes in zip(tokens, prompts, num_nodes.tolist()):
@@ -114,6 +112,13 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: Tre
         num_nodes = num_nodes.to(device)
         _run(model.base_model, tokens.to(device), _chain(size, device).with_num_nodes(num_nodes), cache)
         cache.cache_seqlens += num_nodes
+
+
+def _chunk_size(remaining: int, max_cache_len: int, device: torch.device) -> int:
+    size = min(remaining, PREFILL_CHUNK)
+    if device.type == "cuda":  # few sizes, so few kernel variants to compile
+        size = min(max(16, 1 << (size - 1).bit_length()), max_cache_len)
+    return size
 
 
 @lru_cache(maxsize=16)
