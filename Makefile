@@ -38,10 +38,12 @@ lint: $(READY)
 	$(PY) -m clang_format --dry-run -Werror csrc/* $(wildcard tests/*.cpp)
 	$(PY) -m mypy
 
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+
 sanitize: build
-	for tool in memcheck racecheck initcheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py || exit 1; \
-	done
+	$(SANITIZER) --tool memcheck $(PY) tests/sanitize.py
+	$(SANITIZER) --tool racecheck $(PY) tests/sanitize.py --plain
+	$(SANITIZER) --tool initcheck $(PY) tests/sanitize.py
 
 bench: build
 	$(PY) benchmarks/run.py

@@ -70,6 +70,59 @@ def tree_attention(
     Raises TypeError, ValueError for an argument of the wrong type, shape, dtype, device, stride or value.
     Source: Medusa (arXiv 2401.10774) section 2.1.2; split-KV as in Flash-Decoding.
     """
+    _check_once(
+        q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+        k_scale, v_scale, out,
+    )  # fmt: skip
+    batch, size, heads, head_dim = q.shape
+    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if debug_enabled():
+        capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        _check_values(cache_seqlens, tree, size, capacity, block_table, k_cache)
+    lse = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device) if return_lse else None
+    rest = (
+        tree.packed_mask, tree.depths if window is not None else None, tree.num_nodes, cache_seqlens, block_table,
+        sinks, k_scale, v_scale, scale, window or 0, float(softcap), out, lse,
+    )  # fmt: skip
+    if k is None:
+        torch.ops.medusa_kernels.tree_attention(q, k_cache, v_cache, *rest)
+    else:
+        torch.ops.medusa_kernels.tree_attention_append(q, k_cache, v_cache, k, v, *rest)
+    return out if lse is None else (out, lse)
+
+
+# Everything that `_check` looks at, of calls that passed it: a decoder makes the same call in every layer and step.
+_checked: set[tuple] = set()
+
+
+def _check_once(q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+                k_scale, v_scale, out) -> None:  # fmt: skip
+    arguments = (
+        q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+        k_scale, v_scale, out,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        _check(*arguments)
+        return
+    try:
+        tensors: tuple = (q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, k_scale, v_scale, out)
+        tensors += (tree.parents, tree.num_nodes)
+        metadata = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+        signature = (*metadata, softmax_scale, window, softcap)
+        if signature in _checked:
+            return
+    except (AttributeError, TypeError):  # not what it should be, or no hash: the check says it in words
+        signature = ()
+    _check(*arguments)
+    if len(_checked) >= 4096:
+        _checked.clear()
+    _checked.add(signature)
+
+
+def _check(q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+           k_scale, v_scale, out) -> None:  # fmt: skip
     check_tensor("q", q, shape=(None, None, None, None), dtype=_FLOATS, last_dim_contiguous=True)
     batch, size, heads, head_dim = q.shape
     device = q.device
@@ -102,8 +155,7 @@ def tree_attention(
         for name, x in (("k", k), ("v", v)):
             shape = (batch, size, heads_kv, head_dim)
             check_tensor(name, x, shape=shape, dtype=q.dtype, device=device, last_dim_contiguous=True)
-    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    if not 0.0 < scale < math.inf:
+    if softmax_scale is not None and not 0.0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
@@ -127,22 +179,8 @@ def tree_attention(
             raise ValueError(f"v_scale: expected a contiguous tensor, got strides {v_scale.stride()}")
     if fp8 and q.is_cuda and _sms_and_arch(device.index)[1] < 89:
         raise ValueError("k_cache: float8_e4m3fn needs a GPU of compute capability 8.9 or newer")
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    else:
+    if out is not None:
         check_tensor("out", out, shape=q.shape, dtype=q.dtype, device=device, last_dim_contiguous=True)
-    if debug_enabled():
-        _check_values(cache_seqlens, tree, size, capacity, block_table, k_cache)
-    lse = torch.empty(batch, heads, size, dtype=torch.float32, device=device) if return_lse else None
-    rest = (
-        tree.packed_mask, tree.depths if window is not None else None, tree.num_nodes, cache_seqlens, block_table,
-        sinks, k_scale, v_scale, scale, window or 0, float(softcap), out, lse,
-    )  # fmt: skip
-    if k is None:
-        torch.ops.medusa_kernels.tree_attention(q, k_cache, v_cache, *rest)
-    else:
-        torch.ops.medusa_kernels.tree_attention_append(q, k_cache, v_cache, k, v, *rest)
-    return out if lse is None else (out, lse)
 
 
 def _check_values(cache_seqlens, tree, size, capacity, block_table, k_cache) -> None:
