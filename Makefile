@@ -35,7 +35,7 @@ aot: build
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m clang_format --dry-run -Werror csrc/* $(wildcard tests/*.cpp)
+	$(if $(READY),.venv/bin/)clang-format --dry-run -Werror csrc/* $(wildcard tests/*.cpp)
 	$(PY) -m mypy
 
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
