@@ -200,13 +200,13 @@ MK_HD uint64_t argmax_key(float x, int index) {
 constexpr uint32_t kKeyOfMinusInf = 0x007FFFFFu, kKeyOfInf = 0xFF800000u;
 
 struct Distribution {
-    uint64_t total;             // of the weights that are kept
-    uint32_t cutoff;            // sampling: the least order key that is kept
-    int32_t argmax;             // 0 without a number in the row
-    bool has_max;               // the row holds a number
-    bool valid;                 // and no NaN nor +inf, and something above -inf: its softmax exists
-    uint16_t padding;           // named, so that a copy by words reads nothing that was never written
-    float max, scale;           // of a logit x: log2 of its weight is (x - max) * scale, + 31
+    uint64_t total;    // of the weights that are kept
+    uint32_t cutoff;   // sampling: the least order key that is kept
+    int32_t argmax;    // 0 without a number in the row
+    bool has_max;      // the row holds a number
+    bool valid;        // and no NaN nor +inf, and something above -inf: its softmax exists
+    uint16_t padding;  // named, so that a copy by words reads nothing that was never written
+    float max, scale;  // of a logit x: log2 of its weight is (x - max) * scale, + 31
     float inv_total, ln_total;  // typical: of the sum of exp(x - max)
     float bound;                // typical: a probability must be greater
 

@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck python tests/sanitize.py
     compute-sanitizer --tool racecheck python tests/sanitize.py --plain
 
-`--plain` leaves out Hopper's own attention kernel, of which racecheck reports a race that is none: it is in the code that
-Triton makes for warp specialisation. The worker warps read what to run (a byte of shared memory) between two
+`--plain` leaves out Hopper's own attention kernel, of which racecheck reports a race that is none: it is in the code
+that Triton makes for warp specialisation. The worker warps read what to run (a byte of shared memory) between two
 `barrier.sync 1` of all threads; the first warps write it before the first barrier, and again only after the second.
 """
 
@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from medusa_kernels import attention as attention_module
 from medusa_kernels import TokenTree, accept_candidates, compact_kv_cache, tree_attention
+from medusa_kernels import attention as attention_module
 
 torch.manual_seed(0)
 device = "cuda"
