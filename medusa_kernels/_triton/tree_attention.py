@@ -161,7 +161,7 @@ def _merge_rows(
     for start in range(0, active, SPLITS):
         m_new = m
         for i in tl.static_range(SPLITS):
-            ok = row_real & (start + i < active)
+            ok = node < tl.where(start + i < active, nodes, 0)
             lse = tl.load(partial_lse_ptr + part + (start + i) * rows, mask=ok, other=float("-inf"))
             m_new = tl.maximum(m_new, lse)
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -170,7 +170,7 @@ def _merge_rows(
         norm = norm * alpha
         m = m_new
         for i in tl.static_range(SPLITS):
-            ok = row_real & (start + i < active)
+            ok = node < tl.where(start + i < active, nodes, 0)
             at = part + (start + i) * rows
             lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
             some = tl.load(

@@ -2,15 +2,23 @@
 
 from .decoder import DecodeStats, Generation, TreeDecoder
 from .drafters import Drafter, DraftState, NgramDrafter, NoDrafter
+from .heads import MedusaHeads, SequentialHeads
+from .medusa import DynamicMedusaDrafter, MedusaDrafter, SequentialDrafter, load_drafter
 from .models import load_model
 
 __all__ = [
     "DecodeStats",
     "DraftState",
     "Drafter",
+    "DynamicMedusaDrafter",
     "Generation",
+    "MedusaDrafter",
+    "MedusaHeads",
     "NgramDrafter",
     "NoDrafter",
+    "SequentialDrafter",
+    "SequentialHeads",
     "TreeDecoder",
+    "load_drafter",
     "load_model",
 ]

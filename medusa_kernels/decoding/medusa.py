@@ -1,0 +1,144 @@
+"""Drafting with Medusa heads: from the hidden state that decided the root, a tree of each head's likeliest tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from .._checks import check_tensor
+from ..tree import TokenTree
+from .drafters import DraftState
+from .heads import MedusaHeads, SequentialHeads
+
+TREE_NAME = "tree.json"
+
+
+class MedusaDrafter:
+    """The same tree each step, its nodes filled with the heads' top-k by rank.
+
+    heads:  in the model's dtype and on its device
+    tree:   one for all requests, no deeper than there are heads; with ranks, as `TokenTree.from_choices`, `preset`
+            and `search` give them
+
+    Source: Medusa section 2.1.2 (arXiv 2401.10774).
+    """
+
+    on_device = True
+
+    def __init__(self, heads: MedusaHeads, tree: TokenTree):
+        if heads.sequential:
+            raise TypeError("heads: SequentialDrafter takes sequential heads")
+        _check_tree(heads, tree)
+        self.heads = heads
+        self.top_k = int(tree.ranks.max()) + 1
+        self.tree = tree.to(heads.weight.device)
+        self.num_nodes, self.max_depth = tree.size, tree.max_depth
+
+    def draft(self, state: DraftState) -> tuple[Tensor, TokenTree]:
+        check_tensor("state.hidden", state.hidden, shape=(None, self.heads.hidden_size), dtype=self.heads.weight.dtype)
+        if self.num_nodes == 1:
+            return state.root.unsqueeze(1), self.tree
+        tokens = self.heads(state.hidden).topk(self.top_k).indices  # [heads, B, k]
+        return self.tree.candidates(state.root, tokens.transpose(0, 1).contiguous()), self.tree
+
+
+class DynamicMedusaDrafter:
+    """A tree of its own for each request and step: the likeliest paths by the heads' probabilities at that step.
+
+    heads:      in the model's dtype and on its device
+    num_nodes:  of every tree, root included
+    top_k:      tokens of each head to choose from
+    """
+
+    on_device = True
+
+    def __init__(self, heads: MedusaHeads, num_nodes: int = 64, top_k: int = 10):
+        if heads.sequential:
+            raise TypeError("heads: SequentialDrafter takes sequential heads")
+        if not 1 <= top_k <= heads.vocab_size:
+            raise ValueError(f"top_k: expected 1..{heads.vocab_size}, the vocabulary, got {top_k}")
+        probs = heads.weight.new_zeros(1, heads.num_heads, top_k)
+        self.max_depth = TokenTree.best_first(probs, num_nodes).max_depth  # raises for what cannot be built
+        self.heads, self.num_nodes, self.top_k = heads, num_nodes, top_k
+
+    def draft(self, state: DraftState) -> tuple[Tensor, TokenTree]:
+        check_tensor("state.hidden", state.hidden, shape=(None, self.heads.hidden_size), dtype=self.heads.weight.dtype)
+        tokens, probs = self.heads.topk(state.hidden, self.top_k)
+        tree = TokenTree.best_first(probs.clamp(max=1.0), self.num_nodes)  # rounding may leave 1 + eps
+        return tree.candidates(state.root, tokens), tree
+
+
+class SequentialDrafter:
+    """The same tree each step, drafted level by level: a node's children are its own head's likeliest tokens.
+
+    heads, tree: as for `MedusaDrafter`
+    """
+
+    on_device = True
+
+    def __init__(self, heads: SequentialHeads, tree: TokenTree):
+        if not heads.sequential:
+            raise TypeError("heads: MedusaDrafter takes heads that are not sequential")
+        _check_tree(heads, tree)
+        self.heads, device = heads, heads.weight.device
+        self.tree = tree.to(device)
+        self.num_nodes, self.max_depth = tree.size, tree.max_depth
+        parents, ranks, depths = tree.parents.tolist(), tree.ranks.tolist(), tree.depths.tolist()
+        # Of each level: nodes with children, by their place among the level's nodes; and the next level's nodes, each
+        # by the place of its parent among the former, and its rank.
+        self.levels = []
+        for depth in range(tree.max_depth):
+            nodes, below = ([n for n in range(tree.size) if depths[n] == d] for d in (depth, depth + 1))
+            inner = [n for n in nodes if n in parents]
+            top_k = max(ranks[n] for n in below) + 1
+            places = (
+                [nodes.index(n) for n in inner],
+                [inner.index(parents[n]) for n in below],
+                [ranks[n] for n in below],
+            )
+            self.levels.append((top_k, *(torch.tensor(place, device=device) for place in places)))
+        order = sorted(range(tree.size), key=lambda n: (depths[n], n))  # as `draft` meets the nodes
+        self.place = torch.tensor([order.index(n) for n in range(tree.size)], device=device)
+
+    def draft(self, state: DraftState) -> tuple[Tensor, TokenTree]:
+        check_tensor("state.hidden", state.hidden, shape=(None, self.heads.hidden_size), dtype=self.heads.weight.dtype)
+        tokens, states = state.root.unsqueeze(1), state.hidden.unsqueeze(1)  # of the level's nodes, states above them
+        drafted = [tokens]
+        for head, (top_k, inner, parent, rank) in enumerate(self.levels):
+            states = self.heads.step(head, states[:, inner], tokens[:, inner])
+            best = F.linear(states, self.heads.projection(head)).topk(top_k).indices
+            tokens, states = best[:, parent, rank], states[:, parent]
+            drafted.append(tokens)
+        return torch.cat(drafted, 1)[:, self.place], self.tree
+
+
+def load_drafter(folder: str | Path, model: PreTrainedModel) -> "MedusaDrafter | SequentialDrafter":
+    """The drafter of the heads in `folder` and the tree that `medusa_kernels.training search` saved beside them."""
+    heads = MedusaHeads.from_pretrained(folder, model)
+    tree = load_tree(folder)
+    return SequentialDrafter(heads, tree) if isinstance(heads, SequentialHeads) else MedusaDrafter(heads, tree)
+
+
+def _check_tree(heads: MedusaHeads, tree: TokenTree) -> None:
+    if tree.batched or tree.num_nodes is not None:
+        raise ValueError(f"tree: expected one tree for all requests, got {tree}")
+    if tree.max_depth > heads.num_heads:
+        raise ValueError(f"tree: expected a depth of at most {heads.num_heads}, as many as heads, got {tree}")
+    if (rank := int(tree.ranks.max())) >= heads.vocab_size:
+        raise ValueError(f"tree: expected ranks below {heads.vocab_size}, the vocabulary, got {rank}")
+
+
+def load_tree(folder: str | Path) -> TokenTree:
+    """The tree in `tree.json`, on the CPU; ValueError, naming the file, for one that cannot be read."""
+    path = Path(folder) / TREE_NAME
+    try:
+        saved: Any = json.loads(path.read_text(encoding="utf-8"))
+        return TokenTree.from_choices(saved["choices"])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; python -m medusa_kernels.training search writes it") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: expected an object with a list of paths under `choices`: {error!r}") from None
