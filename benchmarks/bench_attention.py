@@ -1,4 +1,4 @@
-"""Tree attention against its peers, on DESIGN.md's cases and on variations of them.
+"""Tree attention against its peers, on a table of cases and on variations of them.
 
 A case is a name of `TABLE`, followed by changes: `gqa_b1_8k/T16/paged64` is `gqa_b1_8k` with a tree of 16 nodes over a
 cache in blocks of 64. `changed` lists them.
@@ -66,7 +66,7 @@ class Case:
         return 4 * self.nodes * self.keys * self.heads * self.head_dim
 
 
-# Names of the columns of DESIGN.md's table of times; they are shown as "recorded" and enter no ratio.
+# Names of the columns of times recorded on an H100 earlier; they are shown as "recorded" and enter no ratio.
 _RECORDED = ("xqa", "flashinfer_fa2", "fa4_mask", "fa4_no_mask", "fa2_no_mask", "sdpa", "vllm_split", "sglang", "eager")
 
 
@@ -92,7 +92,7 @@ TABLE = {
     )
 }
 
-# Off the table: the shapes of the issue on attention's speed.
+# Off the table: more nodes, head dims, groups, batches and lengths.
 _NODES = [f"{base}/T{t}" for base in ("mha_b1_4k", "gqa_b1_8k") for t in (1, 2, 8, 16, 26, 64, 128, 256)]
 _DIMS = [f"{base}/D{d}" for base in ("mha_b1_4k", "gqa_b1_8k") for d in (64, 96, 128, 256)]
 _GROUPS = [f"gqa_b1_8k/G{g}" for g in (1, 3, 4, 7, 8, 16)]

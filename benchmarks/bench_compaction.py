@@ -14,7 +14,7 @@ from torch import Tensor
 from medusa_kernels import reference
 from medusa_kernels.kv_cache import compact_kv_cache
 
-PATH = (0, 3, 9, 21, 40)  # 5 tokens, as DESIGN.md's figures; the root's row stays where it is
+PATH = (0, 3, 9, 21, 40)  # 5 tokens; the root's row stays where it is
 TREE_SLOTS = 64
 SLACK = 128  # cache_seqlens grow by 5 a call until a graph resets them
 
