@@ -28,7 +28,8 @@ def random_case(rng, vocab=None, max_size=14, dtype=None):
     def rand(*shape):
         return torch.rand(*shape, generator=generator)
 
-    kind = rng.choice(["ties", "flat", "peaked", "normal"])
+    deep = rng.random() < 0.4  # slim trees, likely tokens and no early end, so that long paths are accepted
+    kind = "peaked" if deep else rng.choice(["ties", "flat", "peaked", "normal"])
     logits = torch.randn(batch, size, vocab, generator=generator)
     if kind == "ties":
         logits = logits.round()
@@ -36,7 +37,7 @@ def random_case(rng, vocab=None, max_size=14, dtype=None):
         logits = torch.zeros_like(logits)
     elif kind == "peaked":
         logits = logits * 4
-    if rng.random() < 0.4:
+    if rng.random() < (0.1 if deep else 0.4):
         at = rand(batch, size, vocab)
         logits[at < 0.2] = -INF
         logits[(at > 0.97) & (rand(batch, size, 1) < 0.3)] = INF
@@ -47,8 +48,11 @@ def random_case(rng, vocab=None, max_size=14, dtype=None):
 
     batched = rng.random() < 0.5
     parents = (rand(batch, size) * torch.arange(size)).int()
-    parents[..., 0] = -1
     num_nodes = torch.randint(0, size + 1, (batch,), generator=generator, dtype=torch.int32)
+    if deep:
+        parents = (torch.arange(size) - 1 - (rand(batch, size) ** 3 * 3).int()).clamp(min=0).int()
+        num_nodes.clamp_(min=size // 2)
+    parents[..., 0] = -1
     tree = TokenTree.from_parents(parents if batched else parents[0], num_nodes if batched else None)
     if not batched and rng.random() < 0.5:
         tree = tree.with_num_nodes(num_nodes)
@@ -58,7 +62,7 @@ def random_case(rng, vocab=None, max_size=14, dtype=None):
     # Tokens: mostly a parent's likely ones, so that paths grow; a few outside the vocabulary.
     order = logits.float().nan_to_num(-1e9, 1e9, -1e9).sort(dim=-1, descending=True, stable=True).indices
     above = tree.parents.clamp(min=0).long().expand(batch, size)
-    rank = (rand(batch, size) ** 2 * min(vocab, 4)).long()
+    rank = (rand(batch, size) ** (8 if deep else 2) * min(vocab, 4)).long()
     tokens = order.gather(1, above.unsqueeze(-1).expand(-1, -1, vocab)).gather(2, rank.unsqueeze(-1)).squeeze(-1)
     tokens = torch.where(rand(batch, size) < 0.03, torch.tensor(vocab + 5), tokens)
     tokens = torch.where(rand(batch, size) < 0.03, torch.tensor(-1), tokens)
@@ -73,8 +77,8 @@ def random_case(rng, vocab=None, max_size=14, dtype=None):
         "posterior_threshold": each([0.0, 0.0907, 0.31], torch.float32),
         "posterior_alpha": each([0.0, 0.3003, 1.1], torch.float32),
         "seed": rng.choice([None, rng.getrandbits(63), torch.tensor([rng.getrandbits(62), rng.getrandbits(30)])]),
-        "eos_token_id": rng.choice([None, None, 0, [0, 2], torch.tensor([1])]),
-        "max_tokens": rng.choice([None, each([0, 1, 2, 3, 9], torch.int32)]),
+        "eos_token_id": rng.choice([None, None, None if deep else 0, [0, 2], torch.tensor([1])]),
+        "max_tokens": rng.choice([None, each([4, 6, 9] if deep else [0, 1, 2, 3, 9], torch.int32)]),
         "top_k": rng.choice([None, each([1, 2, 5, 100], torch.int32)]),
         "top_p": rng.choice([None, each([0.1234, 0.5171, 0.9012, 1.0], torch.float32)]),
     }
@@ -129,13 +133,16 @@ def check_case(monkeypatch, got, logits, tokens, tree, options):
 
 @pytest.mark.parametrize("chunk", range(6))
 def test_equals_reference(monkeypatch, chunk):
-    close = total = 0
+    close = total = deep = 0
     for seed in range(chunk * 350, (chunk + 1) * 350):
         case = random_case(random.Random(seed))
         options = clone_seed(case[3])
-        close += check_case(monkeypatch, accept_candidates(*case[:3], **options), *case)
+        got = accept_candidates(*case[:3], **options)
+        close += check_case(monkeypatch, got, *case)
         total += len(case[0])
+        deep += int((got.accept_length >= 3).sum())
     assert total > 500 and close <= 0.01 * total, f"{close} of {total} too close to call"
+    assert deep > 0.05 * total, f"{deep} of {total} paths are long"
 
 
 def test_reference_in_float32_agrees():
