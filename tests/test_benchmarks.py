@@ -387,3 +387,16 @@ def test_readme_figures_are_those_of_the_results():
     text = (readme.ROOT / "README.md").read_text()
     assert readme.render(text) == text, "run benchmarks/readme.py"
     assert text.count("<!-- results:") == 4
+
+
+@pytest.mark.parametrize("name", ["mha_b1_4k", "gqa_b8_4k", "gqa_b1_8k/T1", "gqa_b1_8k/D256", "gqa_b1_8k/G16"])
+def test_sweep_times_the_choice_among_others(name):
+    import sweep_attention
+
+    case = bench_attention.parse_case(name)
+    configs = sweep_attention.variants(case, 132, 90)
+    assert configs[0] == sweep_attention.chosen(case, 132, 90)
+    assert len(configs) == len(set(configs)) > 4
+    with sweep_attention.forced(configs[-1]):
+        assert sweep_attention.chosen(case, 132, 90) == configs[-1]
+    assert sweep_attention.chosen(case, 132, 90) == configs[0]

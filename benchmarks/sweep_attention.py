@@ -1,0 +1,129 @@
+"""How far is tree attention's choice of tiles from the best one? Times the plain kernel's variants, case by case.
+
+    python benchmarks/sweep_attention.py                         # shapes that the choice was not tuned on
+    python benchmarks/sweep_attention.py --cases table --out sweep.json
+
+Prints for each case the time with `tile_config`'s choice, the best variant and what it would save. Variants compile in
+parallel first, as compiling takes longer than timing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import bench_attention
+import torch
+from bench_attention import Case, make_inputs, ours, pool_numel
+from common import Pool, graph_us
+from rich.console import Console
+from rich.table import Table
+from run import choose_cases
+
+from medusa_kernels import attention
+from medusa_kernels._triton import tree_attention as kernels
+from medusa_kernels._triton.tree_attention import TileConfig
+
+TILES = [
+    (64, 64, 4, 3),
+    (64, 32, 4, 4),
+    (64, 64, 4, 2),
+    (64, 128, 8, 2),
+    (128, 64, 8, 3),
+    (128, 64, 8, 2),
+    (128, 32, 8, 4),
+]
+
+
+def chosen(case: Case, num_sms: int, arch: int) -> TileConfig:
+    """What `tree_attention` takes for this case."""
+    rows = case.nodes * case.heads // case.heads_kv
+    heads = case.batch * case.heads_kv
+    return kernels.tile_config(rows, case.head_dim, heads, case.capacity, 2, num_sms, arch)
+
+
+def variants(case: Case, num_sms: int, arch: int) -> list[TileConfig]:
+    """The choice first, then the tiles worth a try, each with half to four times the splits of one whole wave."""
+    configs = [chosen(case, num_sms, arch)]
+    rows = case.nodes * case.heads // case.heads_kv
+    for block_m, block_n, num_warps, num_stages in TILES:
+        if block_m > max(64, 2 * rows) or (block_m == 128 and case.head_dim > 128):
+            continue
+        programs = -(-rows // block_m) * case.batch * case.heads_kv
+        most = max(1, -(-case.capacity // block_n) // 2)
+        for waves in (0.5, 1, 2, 4):
+            splits = min(max(1, int(num_sms * waves / programs)), most)
+            configs.append(TileConfig(block_m, block_n, splits, 1, num_warps, num_stages))
+    return list(dict.fromkeys(configs))
+
+
+@contextmanager
+def forced(config: TileConfig):
+    """Within this, `tree_attention` runs the plain kernel with these tiles."""
+    before = kernels.tile_config, attention._hopper_kernels
+    kernels.tile_config, attention._hopper_kernels = (lambda *_: config), (lambda: None)
+    try:
+        yield
+    finally:
+        kernels.tile_config, attention._hopper_kernels = before
+
+
+def compile_share(cases: list[Case], share: int, shares: int, device: torch.device, num_sms: int, arch: int) -> None:
+    """Compile every `shares`-th variant into Triton's cache; what a batch needs compiled, one request needs too."""
+    jobs = [(case, config) for case in cases for config in variants(case, num_sms, arch)]
+    for case, config in jobs[share::shares]:
+        single = replace(case, batch=1, ragged=False)
+        inputs = make_inputs(single, Pool(pool_numel([single], 0), device), 0)
+        with forced(config):
+            try:
+                ours(inputs).calls[0]()
+            except Exception as error:  # a variant that does not fit is reported when it is timed
+                print(f"{case.name} {config}: {error!r:.100}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="sweep", help="as for run.py")
+    parser.add_argument("--out", type=Path, help="write all times to this JSON file")
+    parser.add_argument("--compile", help=argparse.SUPPRESS)  # SHARE/SHARES
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    properties = torch.cuda.get_device_properties(device)
+    card = properties.multi_processor_count, 10 * properties.major + properties.minor
+    cases = [case for case in choose_cases(bench_attention, args.cases) if not case.fp8]
+    if args.compile:
+        share, shares = map(int, args.compile.split("/"))
+        compile_share(cases, share, shares, device, *card)
+        return
+    shares = min(14, os.cpu_count() or 1)
+    commands = [[sys.executable, *sys.argv, "--compile", f"{i}/{shares}"] for i in range(shares)]
+    for process in [subprocess.Popen(command) for command in commands]:
+        process.wait()
+
+    l2_bytes = properties.L2_cache_size
+    pool = Pool(pool_numel(cases, l2_bytes), device)
+    rows = []
+    table = Table("case", "chosen µs", "best µs", "loses", "best tiles", title=properties.name)
+    for case in cases:
+        inputs = make_inputs(case, pool, l2_bytes)
+        times = {}
+        for config in variants(case, *card):
+            with forced(config):
+                try:
+                    times[config] = graph_us(ours(inputs).calls, replays=10)
+                except Exception as error:
+                    print(f"{case.name} {config}: {error!r:.100}", file=sys.stderr)
+        own, best = times[chosen(case, *card)], min(times, key=times.__getitem__)
+        table.add_row(case.name, f"{own:.1f}", f"{times[best]:.1f}", f"{own / times[best] - 1:.0%}", str(best))
+        rows += [{"case": case.name, **asdict(config), "us": us} for config, us in times.items()]
+    Console().print(table)
+    if args.out:
+        args.out.write_text(json.dumps({"card": properties.name, "times": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
