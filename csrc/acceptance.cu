@@ -14,9 +14,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "acceptance_args.h"
+#include "arrivals.h"
 
 namespace medusa_kernels {
 namespace {
@@ -26,7 +26,6 @@ namespace cg = cooperative_groups;
 constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr int kMaxCluster = 8;  // portable
 constexpr int kColdLoads = 4;   // 16-byte loads in flight a thread while a row comes from memory
-constexpr uint32_t kArrivals = 1 << 17;
 static_assert(kThreads >= kMaxTreeNodes, "a thread has at most one node");
 
 // Clusters of a request that have measured their rows; 0 between launches. Two halves: eager
@@ -638,20 +637,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Accept<scalar_t>(p, shared).run();
 }
 
-// Counters that no launch in flight uses: they are handed out in turn, and far fewer kernels than
-// there are turns can be resident at once. A captured launch keeps its counters for every replay,
-// so those come from a half of their own.
-int32_t claim_arrivals(int32_t batch, cudaStream_t stream) {
-    static std::atomic<uint32_t> next[2];
-    cudaStreamCaptureStatus status;
-    STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    const int half = status == cudaStreamCaptureStatusNone ? 0 : 1;
-    uint32_t start;
-    do {
-        start = next[half].fetch_add(batch) % kArrivals;
-    } while (start + batch > kArrivals);
-    return static_cast<int32_t>(half * kArrivals + start);
-}
+ArrivalTurns arrival_turns;
 
 struct Plan {
     int cluster, groups;
@@ -720,7 +706,8 @@ Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
         measured = new_tensor(logits, ScalarType::Byte,
                               int64_t(params.a.batch) * params.a.size * sizeof(Distribution));
         params.measured = static_cast<Distribution*>(measured->data_ptr());
-        params.first_arrival = claim_arrivals(params.a.batch, static_cast<cudaStream_t>(stream));
+        params.first_arrival =
+            arrival_turns.claim(params.a.batch, static_cast<cudaStream_t>(stream));
     }
     switch (logits.scalar_type()) {
         case ScalarType::Half:

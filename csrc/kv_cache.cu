@@ -5,8 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
-#include <atomic>
-
+#include "arrivals.h"
 #include "kv_cache_args.h"
 
 namespace medusa_kernels {
@@ -18,7 +17,6 @@ constexpr int kThreads = 128;  // that move columns; one warp more writes the le
 constexpr int kRows =
     8;  // in flight a thread: more than Medusa's depth of 5, so usually all of them
 constexpr int kMaxLayouts = 8;
-constexpr uint32_t kArrivals = 1 << 17;
 
 // Blocks of one request that have read its length; 0 between launches. Two halves: eager launches,
 // captured ones.
@@ -130,20 +128,7 @@ __global__ void __launch_bounds__(kThreads + 32)
     }
 }
 
-// `batch` counters that no launch in flight uses: they are handed out in turn, and far fewer
-// kernels than there are turns can be resident at once. A captured launch keeps its counters for
-// every replay, so those come from a half of their own.
-int32_t claim_arrivals(int32_t batch, cudaStream_t stream) {
-    static std::atomic<uint32_t> next[2];
-    cudaStreamCaptureStatus status;
-    STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    const int half = status == cudaStreamCaptureStatusNone ? 0 : 1;
-    uint32_t start;
-    do {
-        start = next[half].fetch_add(batch) % kArrivals;
-    } while (start + batch > kArrivals);
-    return static_cast<int32_t>(half * kArrivals + start);
-}
+ArrivalTurns arrival_turns;
 
 // Launches for caches begin .. end - 1 of args, and lengths if they are the last.
 template <int kMaxCaches>
@@ -171,7 +156,7 @@ void launch(const CompactArgs& args, int begin, int end, cudaStream_t stream) {
     MK_CHECK_VALUE(tiles <= std::numeric_limits<int32_t>::max(), "kv: too large for one launch");
     std::copy(args.caches.begin() + begin, args.caches.begin() + end, p.caches);
     p.first_arrival =
-        end == static_cast<int>(args.caches.size()) ? claim_arrivals(args.batch, stream) : -1;
+        end == static_cast<int>(args.caches.size()) ? arrival_turns.claim(args.batch, stream) : -1;
     compact_kernel<kMaxCaches>
         <<<dim3(static_cast<uint32_t>(tiles), args.batch), kThreads + 32, 0, stream>>>(p);
     STD_CUDA_KERNEL_LAUNCH_CHECK();

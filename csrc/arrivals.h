@@ -1,0 +1,40 @@
+// Which counters in device memory a launch may count the arrivals of its blocks in.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "checks.h"
+
+namespace medusa_kernels {
+
+// Of each half: one for eager launches, one for captured ones.
+constexpr uint32_t kArrivals = 1 << 17;
+
+// Counters that no launch in flight uses: they are handed out in turn, and far fewer kernels than
+// there are turns can be resident at once. A captured launch keeps its counters for every replay,
+// so those come from a half of their own.
+class ArrivalTurns {
+ public:
+    // The first of `batch` counters.
+    int32_t claim(int32_t batch, cudaStream_t stream) {
+        MK_CHECK_VALUE(static_cast<uint32_t>(batch) <= kArrivals, "batch: expected at most ",
+                       kArrivals, " requests, got ", batch);
+        cudaStreamCaptureStatus status;
+        STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+        const int half = status == cudaStreamCaptureStatusNone ? 0 : 1;
+        uint32_t start;
+        do {
+            start = next_[half].fetch_add(batch) % kArrivals;
+        } while (start + batch > kArrivals);
+        return static_cast<int32_t>(half * kArrivals + start);
+    }
+
+ private:
+    std::atomic<uint32_t> next_[2] = {};
+};
+
+}  // namespace medusa_kernels
