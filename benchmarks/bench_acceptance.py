@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from bench_attention import _import, _on_gpu, tree_for
-from common import Limits, Pool, Prepared, Result, Unsupported, measure, num_sets
+from common import Pool, Prepared, Unsupported, num_sets
 from torch import Tensor
 
 from medusa_kernels import TokenTree, reference
@@ -289,21 +289,3 @@ def _check(inputs: Inputs, i: int, outcome: Outcome) -> tuple[float, bool]:
 CONTENDERS: dict[str, Callable[[Inputs], Prepared]] = {
     f.__name__: f for f in (ours, medusa_eager, batched_eager, compiled, argmax, argmax_sglang, flashinfer_top_p)
 }
-
-
-def run(
-    cases: list[Case], contenders: list[str], limits: Limits, device: torch.device, replays: int,
-    report: Callable[[Result], None],
-) -> list[Result]:  # fmt: skip
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pool = Pool(pool_numel(cases, limits.l2_bytes), device, dtype)
-    results = []
-    for case in cases:
-        inputs = make_inputs(case, pool, limits.l2_bytes)
-        for name in contenders:
-            prepare = partial(CONTENDERS[name], inputs)
-            results.append(measure(case.name, name, prepare, limits, case.num_bytes, 0, device, replays))
-            report(results[-1])
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return results

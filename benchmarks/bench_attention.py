@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from common import Limits, Pool, Prepared, Result, Unsupported, measure, num_sets, relative_error
+from common import Pool, Prepared, Unsupported, num_sets, relative_error
 from torch import Tensor
 
 from medusa_kernels import TokenTree, reference, tree_attention
@@ -546,23 +546,3 @@ CONTENDERS: dict[str, Callable[[Inputs], Prepared]] = {
         fa4_no_mask, fa2_no_mask,
     )
 }  # fmt: skip
-
-
-def run(
-    cases: list[Case], contenders: list[str], limits: Limits, device: torch.device, replays: int,
-    report: Callable[[Result], None],
-) -> list[Result]:  # fmt: skip
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pool = Pool(pool_numel(cases, limits.l2_bytes), device, dtype)
-    results = []
-    for case in cases:
-        inputs = make_inputs(case, pool, limits.l2_bytes)
-        for name in contenders:
-            prepare = partial(CONTENDERS[name], inputs)
-            result = measure(case.name, name, prepare, limits, case.num_bytes, case.flops, device, replays)
-            results.append(result)
-            report(result)
-        del inputs
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return results

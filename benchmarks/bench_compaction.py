@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from common import Limits, Pool, Prepared, Result, Unsupported, measure, num_sets
+from common import Pool, Prepared, Unsupported, num_sets
 from torch import Tensor
 
 from medusa_kernels import reference
@@ -170,18 +170,3 @@ def indexed(inputs: Inputs) -> Prepared:
 
 
 CONTENDERS: dict[str, Callable[[Inputs], Prepared]] = {f.__name__: f for f in (ours, medusa, per_layer, indexed)}
-
-
-def run(
-    cases: list[Case], contenders: list[str], limits: Limits, device: torch.device, replays: int,
-    report: Callable[[Result], None],
-) -> list[Result]:  # fmt: skip
-    pool = Pool(pool_numel(cases, limits.l2_bytes), device)
-    results = []
-    for case in cases:
-        inputs = make_inputs(case, pool, limits.l2_bytes)
-        for name in contenders:
-            prepare = partial(CONTENDERS[name], inputs)
-            results.append(measure(case.name, name, prepare, limits, case.num_bytes, 0, device, replays))
-            report(results[-1])
-    return results

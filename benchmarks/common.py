@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import triton
@@ -218,6 +219,26 @@ def measure(
         result.status, result.note = "failed", f"{type(error).__name__}: {text[0][:200]}"
         result.us = None
     return result
+
+
+def measure_cases(
+    bench: ModuleType, cases: Sequence, contenders: Sequence[str], limits: Limits, device: torch.device, replays: int,
+    report: Callable[[Result], None],
+) -> list[Result]:  # fmt: skip
+    """Each contender on each case of an operator's module, which has CONTENDERS, pool_numel and make_inputs."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    pool = Pool(bench.pool_numel(cases, limits.l2_bytes), device, dtype)
+    results = []
+    for case in cases:
+        inputs = bench.make_inputs(case, pool, limits.l2_bytes)
+        for name in contenders:
+            prepare = partial(bench.CONTENDERS[name], inputs)
+            results.append(measure(case.name, name, prepare, limits, case.num_bytes, case.flops, device, replays))
+            report(results[-1])
+        del inputs
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results
 
 
 @triton.jit

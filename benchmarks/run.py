@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from common import Limits, Result, best_peer, measure_limits
+from common import Limits, Result, best_peer, measure_cases, measure_limits
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -162,7 +162,7 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
             progress.console.print(describe(result), highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
 
-        results = bench.run(cases, contenders, limits, device, 10 if args.quick else 30, report)
+        results = measure_cases(bench, cases, contenders, limits, device, 10 if args.quick else 30, report)
     console.print(as_table(op, cases, results, limits, smoke))
     for (name, note), where in not_run(results).items():
         console.print(f"{name} not run on {where}: {note}", highlight=False, markup=False, soft_wrap=True)

@@ -71,7 +71,7 @@ def tree_attention(
     Source: Medusa (arXiv 2401.10774) section 2.1.2; split-KV as in Flash-Decoding.
     """
     _check_once(
-        q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+        tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
         k_scale, v_scale, out,
     )  # fmt: skip
     batch, size, heads, head_dim = q.shape
@@ -97,31 +97,24 @@ def tree_attention(
 _checked: set[tuple] = set()
 
 
-def _check_once(q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
-                k_scale, v_scale, out) -> None:  # fmt: skip
-    arguments = (
-        q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
-        k_scale, v_scale, out,
-    )  # fmt: skip
+def _check_once(tree, *arguments) -> None:
     if torch.compiler.is_compiling():
-        _check(*arguments)
+        _check(tree, *arguments)
         return
     try:
-        tensors: tuple = (q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, k_scale, v_scale, out)
-        tensors += (tree.parents, tree.num_nodes)
-        metadata = [x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors]
-        signature = (*metadata, softmax_scale, window, softcap)
+        values = (type(tree), tree.parents, tree.num_nodes, *arguments)
+        signature = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in values)
         if signature in _checked:
             return
     except (AttributeError, TypeError):  # not what it should be, or no hash: the check says it in words
         signature = ()
-    _check(*arguments)
+    _check(tree, *arguments)
     if len(_checked) >= 4096:
         _checked.clear()
     _checked.add(signature)
 
 
-def _check(q, k_cache, v_cache, tree, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+def _check(tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
            k_scale, v_scale, out) -> None:  # fmt: skip
     check_tensor("q", q, shape=(None, None, None, None), dtype=_FLOATS, last_dim_contiguous=True)
     batch, size, heads, head_dim = q.shape
