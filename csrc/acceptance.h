@@ -179,7 +179,9 @@ MK_HD float ln(float x) {
     q = f_fma(s, q, -0.250143409f);
     q = f_fma(s, q, 0.333380431f);
     q = f_fma(s, q, -0.499998331f);
-    return f_fma(static_cast<float>(e), kLn2, f_fma(f_mul(s, s), q, s));
+    // An integer below 2**22 as a float, without a conversion, which is slow on a GPU.
+    const float exponent = f_add(bits_float(0x4B400000u + static_cast<uint32_t>(e)), -12582912.0f);
+    return f_fma(exponent, kLn2, f_fma(f_mul(s, s), q, s));
 }
 
 // ---- a row of logits ----
@@ -291,14 +293,17 @@ MK_HD void set_bound(Distribution& d, const Request& r, int64_t entropy) {
     d.bound = r.threshold < typical ? r.threshold : typical;
 }
 
-constexpr int kPivots = 7;
+constexpr int kPivots = 3;
 
 // The least c in low .. high for which what lies above c measures less than limit. Keys are
 // searched without their last `drop` bits, in which those of 16-bit logits do not differ.
-// above(pivots, sums) measures above kPivots keys at once.
+// above(pivots, last, sums) measures above kPivots keys at once, up to `last`. Nothing is above
+// high. `kept`: the measure of everything from low on, then of everything from c on.
 template <typename Above>
-MK_HD uint32_t find_cutoff(uint64_t limit, uint32_t low, uint32_t high, int drop, Above&& above) {
+MK_HD uint32_t find_cutoff(uint64_t limit, uint32_t low, uint32_t high, int drop, uint64_t* kept,
+                           Above&& above) {
     uint32_t first = low >> drop, last = high >> drop;  // the answer is one of these
+    uint64_t above_last = 0;
     while (first < last) {
         const uint32_t step = (last - first + kPivots) / (kPivots + 1);
         uint32_t pivots[kPivots];  // increasing, below last
@@ -309,14 +314,21 @@ MK_HD uint32_t find_cutoff(uint64_t limit, uint32_t low, uint32_t high, int drop
             pivots[i] = pivot < last ? pivot : last - 1;
             sums[i] = 0;
         }
-        above(pivots, sums);
+        above(pivots, last, sums);
+        const uint64_t before = above_last;
         MK_UNROLL
         for (int i = kPivots - 1; i >= 0; --i) {
-            if (sums[i] < limit) last = pivots[i];
+            if (before + sums[i] < limit) {
+                last = pivots[i];
+                above_last = before + sums[i];
+            }
         }
         MK_UNROLL
         for (int i = 0; i < kPivots; ++i) {
-            if (sums[i] >= limit) first = pivots[i] + 1;
+            if (before + sums[i] >= limit) {
+                first = pivots[i] + 1;
+                *kept = before + sums[i];
+            }
         }
     }
     return first << drop;
@@ -529,10 +541,10 @@ class SerialAcceptance {
             return d;
         }
         const auto above = [&](bool count) {
-            return [&, count](const uint32_t* pivots, uint64_t* sums) {
+            return [&, count](const uint32_t* pivots, uint32_t last, uint64_t (&sums)[kPivots]) {
                 for (int i = 0; i < a_.vocab; ++i) {
                     const uint32_t key = order_key(to_float(x[i])) >> kDropBits<scalar_t>;
-                    if (key <= pivots[0]) continue;
+                    if (key <= pivots[0] || key > last) continue;
                     const uint32_t weight = count ? 1 : d.weight(to_float(x[i]));
                     for (int j = 0; j < kPivots; ++j) sums[j] += key > pivots[j] ? weight : 0;
                 }
@@ -540,13 +552,13 @@ class SerialAcceptance {
         };
         const uint32_t top = static_cast<uint32_t>(best >> 32);
         if (r_.top_k > 0 && r_.top_k < a_.vocab) {
-            d.cutoff = find_cutoff(r_.top_k, 0, top, kDropBits<scalar_t>, above(true));
+            uint64_t kept = a_.vocab;
+            d.cutoff = find_cutoff(r_.top_k, 0, top, kDropBits<scalar_t>, &kept, above(true));
         }
         d.total = total();
         if (r_.top_p < 1.0f) {
             d.cutoff = find_cutoff(top_p_limit(r_.top_p, d.total), d.cutoff, top,
-                                   kDropBits<scalar_t>, above(false));
-            d.total = total();
+                                   kDropBits<scalar_t>, &d.total, above(false));
         }
         return d;
     }

@@ -14,6 +14,18 @@ namespace medusa_kernels {
 // Of each half: one for eager launches, one for captured ones.
 constexpr uint32_t kArrivals = 1 << 17;
 
+// Counts this block as arrived; whether it is the last of `blocks`, after which the counter is 0
+// again. What the block read before comes before what the last one writes after (release and
+// acquire).
+__device__ inline bool arrive(uint32_t* counter, uint32_t blocks) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(blocks - 1)
+                 : "memory");
+    return before == blocks - 1;
+}
+
 // Counters that no launch in flight uses: they are handed out in turn, and far fewer kernels than
 // there are turns can be resident at once. A captured launch keeps its counters for every replay,
 // so those come from a half of their own.

@@ -60,18 +60,6 @@ __device__ void move_column(char* column, const Move* moves, int count) {
     }
 }
 
-// Counts this block as arrived; whether it is the last of `blocks`, after which the counter is 0
-// again. What the block read before comes before what the last one writes after (release and
-// acquire).
-__device__ bool arrive(uint32_t* counter, uint32_t blocks) {
-    uint32_t before;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(before)
-                 : "l"(counter), "r"(blocks - 1)
-                 : "memory");
-    return before == blocks - 1;
-}
-
 template <int kMaxCaches>
 __global__ void __launch_bounds__(kThreads + 32)
     compact_kernel(const __grid_constant__ CompactParams<kMaxCaches> p) {

