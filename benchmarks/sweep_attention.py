@@ -66,10 +66,12 @@ def forced(config: TileConfig):
     """Within this, `tree_attention` runs the plain kernel with these tiles."""
     before = kernels.tile_config, attention._hopper_kernels
     kernels.tile_config, attention._hopper_kernels = (lambda *_: config), (lambda: None)
+    attention._ready.clear()  # launches prepared with other tiles
     try:
         yield
     finally:
         kernels.tile_config, attention._hopper_kernels = before
+        attention._ready.clear()
 
 
 def compile_share(cases: list[Case], share: int, shares: int, device: torch.device, num_sms: int, arch: int) -> None:

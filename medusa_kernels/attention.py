@@ -1,6 +1,7 @@
 """Tree attention: one call for a tree's nodes over a KV cache, contiguous or paged."""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -14,8 +15,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _lib = torch.library.Library("medusa_kernels", "FRAGMENT")
 _TAIL = (
     "Tensor packed_mask, Tensor? depths, Tensor? num_nodes, Tensor cache_seqlens, Tensor? block_table, Tensor? sinks, "
-    "Tensor? k_scale, Tensor? v_scale, float softmax_scale, int window, float softcap, Tensor(a!) out, "
-    "Tensor(b!)? lse) -> ()"
+    "Tensor? k_scale, Tensor? v_scale, float softmax_scale, int window, float softcap, bool batch_invariant, "
+    "Tensor(a!) out, Tensor(b!)? lse) -> ()"
 )
 # Two schemas, so that a call which appends nothing does not count as writing to the cache.
 _lib.define("tree_attention(Tensor q, Tensor k_cache, Tensor v_cache, " + _TAIL)
@@ -38,6 +39,7 @@ def tree_attention(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
     return_lse: bool = False,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -59,6 +61,10 @@ def tree_attention(
     softcap:           scores become softcap * tanh(score / softcap) (Gemma 2); 0: off
     sinks:             [H] float, a logit a head that takes weight and gives no value (GPT-OSS)
     k_scale, v_scale:  [], [1] or [Hkv] fp32, for an fp8 cache: a value is its fp8 number times the scale
+    batch_invariant:   a node's result is, bit for bit, a function of its query and of the keys and values up to its
+                       position: the same alone or in a batch, in a tree, a chain or plain decoding (T = 1), paged or
+                       not. Slower; its partial results take 4 * D bytes for every row and 512 slots of the cache's
+                       capacity, and on a CPU it is a call a node
 
     Returns out [B, T, H, D] of q's dtype, written to `out` when given; with `return_lse` also the natural log of each
     softmax's denominator, [B, H, T] fp32, sinks included, -inf for padding. Accumulates in fp32; the same bits from
@@ -70,52 +76,89 @@ def tree_attention(
     Raises TypeError, ValueError for an argument of the wrong type, shape, dtype, device, stride or value.
     Source: Medusa (arXiv 2401.10774) section 2.1.2; split-KV as in Flash-Decoding.
     """
-    _check_once(
-        tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
-        k_scale, v_scale, out,
-    )  # fmt: skip
-    batch, size, heads, head_dim = q.shape
-    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    key = again = None
+    addresses: list[int] = []
+    if isinstance(tree, TokenTree) and not _traced():
+        try:
+            tensors = (
+                q, k_cache, v_cache, k, v, tree.packed_mask, tree.depths if window is not None else None,
+                tree.num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale, out,
+            )  # fmt: skip
+            options = (softmax_scale, window, softcap, batch_invariant, return_lse)
+            key, addresses = _signature(tensors, options)
+            again = _ready.get(key)
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+                key = again = None  # autograd has to see the operator
+        except (AttributeError, TypeError, RuntimeError):  # not what it should be: the check says it in words
+            key = again = None
+    if again is None:
+        _check(
+            tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
+            k_scale, v_scale, batch_invariant, out,
+        )  # fmt: skip
     if debug_enabled():
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-        _check_values(cache_seqlens, tree, size, capacity, block_table, k_cache)
-    lse = torch.empty(batch, heads, size, dtype=torch.float32, device=q.device) if return_lse else None
+        _check_values(cache_seqlens, tree, q.shape[1], capacity, block_table, k_cache)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = None
+    if return_lse:
+        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
+    if again is not None:
+        addresses[-1:] = out.data_ptr(), 0 if lse is None else lse.data_ptr()
+        if again(addresses):
+            return out if lse is None else (out, lse)
+
+    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    new = () if k is None else (k, v)
     rest = (
         tree.packed_mask, tree.depths if window is not None else None, tree.num_nodes, cache_seqlens, block_table,
-        sinks, k_scale, v_scale, scale, window or 0, float(softcap), out, lse,
+        sinks, k_scale, v_scale, scale, window or 0, float(softcap), batch_invariant, out, lse,
     )  # fmt: skip
-    if k is None:
-        torch.ops.medusa_kernels.tree_attention(q, k_cache, v_cache, *rest)
-    else:
-        torch.ops.medusa_kernels.tree_attention_append(q, k_cache, v_cache, k, v, *rest)
+    op = torch.ops.medusa_kernels.tree_attention if k is None else torch.ops.medusa_kernels.tree_attention_append
+    op(q, k_cache, v_cache, *new, *rest)
+    if key is not None and (again is None or q.is_cuda):
+        launched, _ = _signature((*tensors[:-1], out, lse), (scale, window or 0, float(softcap), batch_invariant))
+        _remember(key, _ready.get(launched, _through_op))
     return out if lse is None else (out, lse)
 
 
-# Everything that `_check` looks at, of calls that passed it: a decoder makes the same call in every layer and step.
-_checked: set[tuple] = set()
+# A decoder makes the same call in every layer and step. Here is, by signature, how to make again a call that passed the
+# checks: a function of the tensors' addresses that says whether it did it.
+_ready: dict[tuple, Callable[[list[int]], bool]] = {}
 
 
-def _check_once(tree, *arguments) -> None:
-    if torch.compiler.is_compiling():
-        _check(tree, *arguments)
-        return
-    try:
-        values = (type(tree), tree.parents, tree.num_nodes, *arguments)
-        signature = tuple((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in values)
-        if signature in _checked:
-            return
-    except (AttributeError, TypeError):  # not what it should be, or no hash: the check says it in words
-        signature = ()
-    _check(tree, *arguments)
-    if len(_checked) >= 4096:
-        _checked.clear()
-    _checked.add(signature)
+def _through_op(addresses: list[int]) -> bool:
+    return False
+
+
+def _remember(key: tuple, again: Callable[[list[int]], bool]) -> None:
+    if len(_ready) >= 4096:
+        _ready.clear()
+    _ready[key] = again
+
+
+def _signature(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple[tuple, list[int]]:
+    """All that the checks and a launch look at, that is, all but the addresses' upper bits; and the addresses."""
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    kinds = [
+        None if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, address % 16)
+        for x, address in zip(tensors, addresses)
+    ]
+    return (*kinds, *options), addresses
+
+
+def _traced() -> bool:
+    """Whether something has to see the operator: a compiler, a dispatch mode, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _check(tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
-           k_scale, v_scale, out) -> None:  # fmt: skip
+           k_scale, v_scale, batch_invariant, out) -> None:  # fmt: skip
     check_tensor("q", q, shape=(None, None, None, None), dtype=_FLOATS, last_dim_contiguous=True)
     batch, size, heads, head_dim = q.shape
     device = q.device
@@ -148,12 +191,17 @@ def _check(tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_
         for name, x in (("k", k), ("v", v)):
             shape = (batch, size, heads_kv, head_dim)
             check_tensor(name, x, shape=shape, dtype=q.dtype, device=device, last_dim_contiguous=True)
+    for name, x in (("softmax_scale", softmax_scale), ("window", window), ("softcap", softcap)):
+        if isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a number, got a tensor")
     if softmax_scale is not None and not 0.0 < softmax_scale < math.inf:
         raise ValueError(f"softmax_scale: expected a positive finite number, got {softmax_scale}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
+    if not isinstance(batch_invariant, bool):
+        raise TypeError(f"batch_invariant: expected a bool, got {type(batch_invariant).__name__}")
     if sinks is not None:
         check_tensor("sinks", sinks, shape=(heads,), dtype=_FLOATS, device=device)
         if not sinks.is_contiguous():
@@ -196,16 +244,49 @@ def _sms_and_arch(device: int) -> tuple[int, int]:
 
 def _launch(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
-    softmax_scale, window, softcap, out, lse,
+    softmax_scale, window, softcap, batch_invariant, out, lse,
 ) -> None:  # fmt: skip
+    if q.shape[0] == 0:
+        return
+    tensors = (
+        q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
+        out, lse,
+    )  # fmt: skip
+    options = (softmax_scale, window, softcap, batch_invariant)
+    key, addresses = _signature(tensors, options)
+    again = _ready.get(key)
+    if again is not None and again(addresses):
+        return
+    from ._triton.launch import Launcher
+
+    launcher = Launcher(tensors)
+    with torch.cuda.device(q.device):
+        _launch_kernels(*(*launcher.tensors[:13], *options, *launcher.tensors[13:], launcher))
+        again = launcher.replay()
+    if again is not None:
+        _remember(key, again)
+
+
+def _launch_kernels(
+    q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
+    softmax_scale, window, softcap, batch_invariant, out, lse, launcher,
+) -> None:  # fmt: skip
+    """Choose the kernel and its tiles, by nothing but what is in `_signature`."""
     from ._triton import tree_attention as kernels
 
     batch, size, heads, head_dim = q.shape
-    if batch == 0:
+    num_sms, arch = _sms_and_arch(q.device.index)
+    if batch_invariant:
+        from ._triton import tree_attention_invariant as invariant
+
+        invariant.tree_attention(
+            q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale,
+            v_scale, softmax_scale, window, softcap, out, lse, invariant.tile_config(head_dim, q.itemsize, arch),
+            launcher,
+        )  # fmt: skip
         return
     heads_kv = k_cache.shape[2]
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    num_sms, arch = _sms_and_arch(q.device.index)
     rows = size * heads // heads_kv
     config = kernels.tile_config(rows, head_dim, batch * heads_kv, capacity, q.itemsize, num_sms, arch)
     if arch == 90 and config.block_m == 128:  # bound by arithmetic: Hopper's own kernel is up to 10% faster
@@ -213,12 +294,12 @@ def _launch(
         if hopper and hopper.supports(q, k_cache, v_cache, k, v, block_table, sinks, k_scale, window, softcap):
             hopper.tree_attention(
                 q, k_cache, v_cache, k, v, packed_mask, num_nodes, cache_seqlens, block_table, softmax_scale, out, lse,
-                config.num_splits, config.min_tiles, num_sms,
+                config.num_splits, config.min_tiles, num_sms, launcher,
             )  # fmt: skip
             return
     kernels.tree_attention(
         q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
-        softmax_scale, window, softcap, out, lse, config,
+        softmax_scale, window, softcap, out, lse, config, launcher,
     )  # fmt: skip
 
 
@@ -236,10 +317,10 @@ def _hopper_kernels():
 
 def _on_cpu(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
-    softmax_scale, window, softcap, out, lse,
+    softmax_scale, window, softcap, batch_invariant, out, lse,
 ) -> None:  # fmt: skip
-    """PyTorch's own attention, request by request; eager where it has no such option (soft-cap, sinks, LSE)."""
-    size, heads = q.shape[1:3]
+    """PyTorch's own attention, request by request; written out where it has no such option (soft-cap, sinks, LSE)."""
+    size = q.shape[1]
     for b, length in enumerate(cache_seqlens.tolist()):
         nodes = size if num_nodes is None else min(max(int(num_nodes[b]), 0), size)
         capacity = k_cache.shape[1] * (block_table.shape[1] if block_table is not None else 1)
@@ -282,23 +363,34 @@ def _on_cpu(
             position = torch.cat([torch.arange(length), length + depth])
             mask &= position > (length + depth - window).unsqueeze(1)
         query = q[b, :nodes].transpose(0, 1)
-        if not softcap and sinks is None and lse is None:
-            rows = torch.nn.functional.scaled_dot_product_attention(
-                query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scale=softmax_scale, enable_gqa=True
-            )[0]
+        results = []
+        if batch_invariant:  # node by node on its own keys, in the order of their positions, as plain decoding would
+            for i in range(nodes):
+                seen = mask[i].nonzero()[:, 0]
+                results.append(_rows_on_cpu(query[:, i : i + 1].contiguous(), keys[:, seen], values[:, seen], None,
+                                            sinks, softmax_scale, softcap, lse is not None))  # fmt: skip
         else:
-            group = heads // keys.shape[0]
-            keys, values = (x.repeat_interleave(group, 0).float() for x in (keys, values))
-            scores = query.float() @ keys.transpose(1, 2) * softmax_scale
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            scores = scores.masked_fill(~mask, -math.inf)
-            if sinks is not None:
-                scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, nodes, 1)], 2)
-            if lse is not None:
-                lse[b, :, :nodes] = scores.logsumexp(2)
-            rows = scores.softmax(2)[:, :, : length + nodes] @ values
-        out[b, :nodes] = rows.transpose(0, 1)
+            results.append(_rows_on_cpu(query, keys, values, mask, sinks, softmax_scale, softcap, lse is not None))
+        out[b, :nodes] = torch.cat([rows for rows, _ in results], 1).transpose(0, 1)
+        if lse is not None:
+            lse[b, :, :nodes] = torch.cat([rows_lse for _, rows_lse in results], 1)
+
+
+def _rows_on_cpu(query, keys, values, mask, sinks, softmax_scale, softcap, with_lse):
+    """[H, rows, D] and, if asked for, [H, rows]: attention of [H, rows, D] to [Hkv, N, D]."""
+    if not softcap and sinks is None and not with_lse:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0), mask, scale=softmax_scale, enable_gqa=True
+        )[0], None
+    keys, values = (x.repeat_interleave(query.shape[0] // x.shape[0], 0).float() for x in (keys, values))
+    scores = query.float() @ keys.transpose(1, 2) * softmax_scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(-1, 1, 1).expand(-1, query.shape[1], 1)], 2)
+    return scores.softmax(2)[:, :, : keys.shape[1]] @ values, scores.logsumexp(2) if with_lse else None
 
 
 for _key, _impl in (("CUDA", _launch), ("CPU", _on_cpu)):

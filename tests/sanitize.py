@@ -61,6 +61,8 @@ attention(4, 4, 64, torch.bfloat16, [300, 64], [20, 7], block_size=16, window=30
 attention(4, 2, 128, torch.float8_e4m3fn, [100, 70], [20, 20])
 attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1])  # Hopper's own kernel
 attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1], block_size=16)
+attention(8, 2, 128, torch.bfloat16, [600, 70], [20, 7], batch_invariant=True)
+attention(4, 4, 64, torch.bfloat16, [300, 64], [20, 7], block_size=16, batch_invariant=True)
 for mode in ("greedy", "typical", "sampling"):
     acceptance(mode, 2, 13, 1000, torch.float32)
     result = acceptance(mode, 3, 40, 32000, torch.bfloat16)

@@ -3,16 +3,21 @@
 Runs without a GPU; in a process of its own, as the interpreter must be off.
 """
 
+import math
 import os
 import re
 import subprocess
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
+from medusa_kernels import TokenTree, attention
 from medusa_kernels._triton import tree_attention as kernels
+from medusa_kernels._triton import tree_attention_invariant as invariant
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles for real: run with TRITON_INTERPRET=0", allow_module_level=True)
@@ -28,7 +33,7 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 POINTERS = {
     "mask_ptr": "i64", "depths_ptr": "i32", "num_nodes_ptr": "i32", "cache_seqlens_ptr": "i32",
     "block_table_ptr": "i32", "sinks_ptr": "fp32", "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "lse_ptr": "fp32",
-    "partial_ptr": "fp32", "partial_lse_ptr": "fp32",
+    "partial_ptr": "fp32", "partial_lse_ptr": "fp32", "acc_ptr": "fp32", "m_ptr": "fp32", "norm_ptr": "fp32",
 }  # fmt: skip
 
 # (nodes, group, batch * KV heads, slots, head dim): the shapes of Vicuna-7B, Llama-3, Llama-3-70B, SmolLM2 and others
@@ -46,6 +51,11 @@ VARIANTS = [
     *((SHAPES[i], "bf16", "fp8e4nv", {"HAS_SCALES", "APPEND"}) for i in (1, 2)),
     (SHAPES[1], "fp32", "fp32", {"APPEND"}),
 ]
+NEEDS = {
+    "APPEND": ("new_k_ptr", "new_v_ptr"), "HAS_WINDOW": ("depths_ptr",), "HAS_NUM_NODES": ("num_nodes_ptr",),
+    "PAGED": ("block_table_ptr",), "HAS_SINKS": ("sinks_ptr",), "HAS_SCALES": ("k_scale_ptr", "v_scale_ptr"),
+    "HAS_LSE": ("lse_ptr",),
+}  # fmt: skip
 # Bytes of stack: a scalar or two that outlive the loops are no spill of a tile. More is accepted where all options come
 # together without wgmma, and for fp32, which exists to compare texts.
 STACK = 16
@@ -102,6 +112,49 @@ def test_compiles(arch, shape, dtype, cache, flags):
         check(merge, arch, STACK)
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "shape, dtype, cache, flags",
+    [
+        (SHAPES[1], "bf16", "bf16", USUAL), (SHAPES[2], "fp16", "fp16", set()), (SHAPES[2], "bf16", "bf16", ALL),
+        (SHAPES[4], "bf16", "bf16", USUAL), (SHAPES[6], "bf16", "bf16", USUAL), (SHAPES[8], "bf16", "bf16", USUAL),
+        (SHAPES[2], "bf16", "fp8e4nv", {"HAS_SCALES", "APPEND"}), (SHAPES[1], "fp32", "fp32", {"APPEND"}),
+    ],
+    ids=lambda x: "-".join(map(str, sorted(x) if isinstance(x, set) else x)) if isinstance(x, (set, tuple)) else None,
+)  # fmt: skip
+def test_invariant_compiles(arch, shape, dtype, cache, flags):
+    if cache == "fp8e4nv" and arch == 80:
+        pytest.skip("no e4m3 in sm_80's Triton")
+    _, group, _, _, head_dim = shape
+    config = invariant.tile_config(head_dim, DTYPES[dtype], arch)
+    constants = {name: name in flags for name in ALL | {"HAS_SCALES"}} | {
+        "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n, "TILES": invariant.CHUNK // config.block_n, "UPCAST": False,
+        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
+    pointers = {**POINTERS, **dict.fromkeys(("q_ptr", "new_k_ptr", "new_v_ptr", "out_ptr"), dtype)}
+    pointers |= {"k_ptr": cache, "v_ptr": cache}
+    absent = [p for flag, names in NEEDS.items() if flag not in flags for p in names]
+    arithmetic = []
+    for kernel in (invariant.prefix_kernel, invariant.tail_kernel):
+        names = kernel.arg_names
+        compiled = compile_for(
+            arch, kernel, {k: v for k, v in constants.items() if k in names}, pointers,
+            [p for p in absent if p in names],
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        check(compiled, arch, 64 if (arch, head_dim) == (90, 256) else STACK)
+        instructions = re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\S*", compiled.asm["ptx"])
+        ttgir = compiled.asm["ttgir"]
+        layouts = dict(re.findall(r"^(#\w+) = (#.*?)(?: loc.*)?$", ttgir, re.M))
+        reduced = re.findall(r"\}\) : \(tensor<(\w+)xf32, (#\w+)>\) ->", ttgir)
+        arithmetic.append((set(instructions), {(shape, layouts[name]) for shape, name in reduced}))
+        if kernel is invariant.prefix_kernel:  # the other has some in its logarithm
+            assert "fma.rn.f32" not in compiled.asm["ptx"]
+    # What the bits rest on: the same matmuls and the same order within a row's sum, in both kernels.
+    assert arithmetic[0] == arithmetic[1] and all(arithmetic[0])
+
+
 def build(arch, shape, dtype, cache, flags):
     nodes, group, heads, slots, head_dim = shape
     config = kernels.tile_config(nodes * group, head_dim, heads, slots, DTYPES[dtype], SMS[arch], arch)
@@ -114,12 +167,7 @@ def build(arch, shape, dtype, cache, flags):
     }  # fmt: skip
     pointers = {**POINTERS, **dict.fromkeys(("q_ptr", "new_k_ptr", "new_v_ptr", "out_ptr"), dtype)}
     pointers |= {"k_ptr": cache, "v_ptr": cache}
-    needs = {
-        "APPEND": ("new_k_ptr", "new_v_ptr"), "HAS_WINDOW": ("depths_ptr",), "HAS_NUM_NODES": ("num_nodes_ptr",),
-        "PAGED": ("block_table_ptr",), "HAS_SINKS": ("sinks_ptr",), "HAS_SCALES": ("k_scale_ptr", "v_scale_ptr"),
-        "HAS_LSE": ("lse_ptr",),
-    }  # fmt: skip
-    absent = [p for flag, names in needs.items() if flag not in flags for p in names]
+    absent = [p for flag, names in NEEDS.items() if flag not in flags for p in names]
     if not split:
         absent += ["partial_ptr", "partial_lse_ptr"]
     attention = compile_for(
@@ -172,3 +220,139 @@ def test_hopper_compiles(head_dim, group, page, flags, stack):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma.mma_async" in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
     check(compiled, 90, stack)
+
+
+class _Launches:
+    """In place of a GPU: Triton's driver, that compiles for sm_90 and keeps what it is asked to launch."""
+
+    class Utils:
+        def load_binary(self, name, kernel, shared, device):
+            return None, (name, kernel), 0, 0, 1024
+
+        def get_device_properties(self, device):
+            return {"max_shared_mem": SHARED[90]}
+
+    def __init__(self):
+        self.utils, self.made = self.Utils(), []
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 77
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source, metadata):
+        kinds = list(source.signature.values())
+
+        def run(x, y, z, stream, function, packed, launch_metadata, on_enter, on_exit, *args):
+            assert len(args) == len(kinds)
+            values = [
+                x.data_ptr() if isinstance(x, torch.Tensor) else x.base.data_ptr() if hasattr(x, "base") else x
+                for x in args
+            ]
+            # A constant is in the code: what is passed for it is never looked at.
+            values = [None if kind == "constexpr" else value for kind, value in zip(kinds, values)]
+            pointers = [isinstance(kind, str) and kind[0] in "*t" for kind in kinds]
+            self.made.append(((x, y, z), stream, function, packed, values, pointers))
+
+        return run
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    from triton.runtime import driver
+
+    fake = _Launches()
+    monkeypatch.setattr(driver, "_active", fake)
+    used = [kernels.tree_attention_kernel, kernels.merge_kernel, invariant.prefix_kernel, invariant.tail_kernel]
+    if hopper := attention._hopper_kernels():
+        used.append(hopper.tree_attention_hopper_kernel)
+    for kernel in used:
+        monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    monkeypatch.setattr(attention, "_sms_and_arch", lambda device: (132, 90))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(attention, "_ready", {})
+    return fake.made
+
+
+def operator_arguments(
+    shift=0, heads_kv=4, heads=16, size=16, strided=False, same_cache=False, dtype=torch.bfloat16, append=True,
+    slots=2048, window=0, scale=0.125, batch_invariant=False, lse=False, block_size=0,
+):  # fmt: skip
+    def tensor(*shape):  # `shift` elements into its storage
+        return torch.zeros(math.prod(shape) + shift, dtype=dtype)[shift:].view(shape)
+
+    shape = (slots // block_size * 2, block_size, heads_kv, 128) if block_size else (2, slots, heads_kv, 128)
+    k_cache = tensor(shape[0], heads_kv, shape[1], 128).transpose(1, 2) if strided else tensor(*shape)
+    v_cache = k_cache if same_cache else torch.empty_strided(shape, k_cache.stride(), dtype=dtype)
+    if shift:
+        v_cache = tensor(*shape)
+    new = [tensor(2, size, heads_kv, 128) for _ in range(2)] if append else [None, None]
+    tree = TokenTree.chain(size - 1)
+    table = torch.zeros(2, slots // block_size, dtype=torch.int32) if block_size else None
+    return (
+        tensor(2, size, heads, 128), k_cache, v_cache, *new, tree.packed_mask, tree.depths if window else None, None,
+        torch.tensor([300, 7], dtype=torch.int32), table, None, None, None, scale, window, 0.0, batch_invariant,
+        tensor(2, size, heads, 128), torch.zeros(2, heads, size) if lse else None,
+    )  # fmt: skip
+
+
+def test_replayed_launches_are_tritons_own(launches):
+    """Calls alike in all but what Triton compiles for: a launch made again is the one that Triton would have made."""
+
+    def comparable(made, arguments):
+        known = {x.data_ptr() for x in arguments if isinstance(x, torch.Tensor)}
+        result = []
+        work = None  # room allocated anew each time: only distances within it can be compared
+        for *launch, values, pointers in made:
+            for i, (value, pointer) in enumerate(zip(values, pointers)):
+                if pointer and value is not None and value not in known:
+                    work = value if work is None else work
+                    values[i] = ("work", value - work)
+            result.append((*launch, values))
+        made.clear()
+        return result
+
+    variants = [
+        {}, {"same_cache": True}, {}, {"shift": 4}, {"shift": 1}, {"strided": True}, {"size": 1}, {"size": 17},
+        {"heads_kv": 1}, {"heads_kv": 16}, {"dtype": torch.float16}, {"window": 100}, {"window": 112}, {"scale": 0.5},
+        {"append": False}, {"lse": True}, {"block_size": 16}, {"block_size": 1}, {"batch_invariant": True},
+        {"batch_invariant": True, "shift": 4}, {"slots": 64}, {"size": 64, "heads": 32, "heads_kv": 8},
+    ]  # fmt: skip
+    for options in variants:  # remembered one beside the other
+        attention._launch(*operator_arguments(**options))
+        launches.clear()
+    functions = set()
+    for options in variants:
+        arguments = operator_arguments(**options)
+        remembered = dict(attention._ready)
+        attention._launch(*arguments)
+        assert attention._ready == remembered, f"{options}: not made again, but anew"
+        again = comparable(launches, arguments)
+        attention._ready.clear()
+        attention._launch(*arguments)
+        attention._ready.update(remembered)
+        assert again == comparable(launches, arguments) and again, options
+        functions.add(again[0][2])
+    assert len(functions) > 10  # variants in which Triton does compile something else
+
+
+def test_replay_gives_way_to_hooks_and_settings(launches):
+    arguments = operator_arguments()
+    attention._launch(*arguments)
+    (again,) = attention._ready.values()
+    assert again(attention._signature(operator_arguments()[:13] + arguments[-2:], ())[1])
+    launches.clear()
+    hook = lambda metadata: None  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert not again([])
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.debug = True
+        assert not again([])
+    assert not launches

@@ -3,13 +3,15 @@
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medusa_kernels import TokenTree, reference, tree_attention
+from medusa_kernels import TokenTree, attention, reference, tree_attention
 from medusa_kernels._triton import tree_attention as triton_attention
+from medusa_kernels._triton import tree_attention_invariant as invariant
 from medusa_kernels._triton.tree_attention import TileConfig
 
 NAN = float("nan")
@@ -108,6 +110,22 @@ def plain_kernel(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
     return out, lse
 
 
+def invariant_kernel(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
+    """The kernels of `batch_invariant=True` themselves, on tensors of any device."""
+    out = torch.full_like(q, NAN)
+    lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), NAN, dtype=torch.float32)
+    invariant.tree_attention(
+        q, k_cache, v_cache, kw.get("k"), kw.get("v"), tree.packed_mask, tree.depths, tree.num_nodes, cache_seqlens,
+        kw.get("block_table"), kw.get("sinks"), kw.get("k_scale"), kw.get("v_scale"), q.shape[-1] ** -0.5,
+        kw.get("window") or 0, kw.get("softcap", 0.0), out, lse, invariant.tile_config(q.shape[-1], q.itemsize, 90),
+    )  # fmt: skip
+    return out, lse
+
+
+def public_invariant(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
+    return tree_attention(q, k_cache, v_cache, tree, cache_seqlens, return_lse=True, batch_invariant=True, **kw)
+
+
 def public(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
     return tree_attention(q, k_cache, v_cache, tree, cache_seqlens, return_lse=True, **kw)
 
@@ -172,6 +190,12 @@ def test_cpu_operator(case):
     check(case, public)
 
 
+@settings(max_examples=40, **slow_ok)
+@given(cases(dtypes=(torch.float32, torch.bfloat16), max_size=30, dims=(16, 64, 80)))
+def test_cpu_operator_invariant(case):
+    check(case, public_invariant)
+
+
 configs = st.builds(
     TileConfig, st.sampled_from([16, 32, 64]), st.sampled_from([16, 32, 64]), st.sampled_from([1, 1, 2, 3, 8]),
     st.sampled_from([1, 2]),
@@ -197,6 +221,131 @@ def test_kernel_large(head_dim, size):
 def test_kernel_bf16(paged):
     case = Case([40, 0], [20, 7], 20, 1, 4, 64, torch.bfloat16, block_size=paged)
     check(case, plain_kernel, TileConfig(32, 32, 2))
+
+
+@interpreter
+@settings(max_examples=12, **slow_ok)
+@given(cases(max_size=12, max_length=140, dims=(64, 80)))
+def test_invariant_kernel(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(invariant, "CHUNK", 64)
+        check(case, invariant_kernel)
+
+
+@dataclass(eq=False)
+class Request:
+    """Keys and values of the committed tokens, and a tree's queries, keys, values and parents, on the CPU."""
+
+    kv: torch.Tensor  # [2, length, Hkv, D]
+    q: torch.Tensor  # [T, H, D]
+    new: torch.Tensor  # [2, T, Hkv, D]
+    parents: list[int]
+
+    @classmethod
+    def draw(cls, length, parents, heads_kv, group, head_dim, seed):
+        randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+        g = torch.Generator().manual_seed(seed)
+        size = len(parents)
+        new = randn(2, size, heads_kv, head_dim)
+        return cls(randn(2, length, heads_kv, head_dim), randn(size, heads_kv * group, head_dim), new, parents)
+
+    def path(self, node):
+        return [] if node < 0 else [*self.path(self.parents[node]), node]
+
+    def chain(self, node, committed):
+        """The path to a node as a chain, its first `committed` nodes in the cache."""
+        path = self.path(node)
+        done, draft = path[:committed], path[committed:]
+        kv = torch.cat([self.kv, self.new[:, done]], 1)
+        return Request(kv, self.q[draft], self.new[:, draft], list(range(-1, len(draft) - 1)))
+
+
+def attend(run, requests, device, dtype, cache_dtype=None, block_size=0, size=0, **kw):
+    """One call for these requests, padded to `size` nodes; each one's out and LSE."""
+    num_nodes = [len(r.parents) for r in requests]
+    size = max(size, *num_nodes)
+    parents = torch.tensor([r.parents + [0] * (size - n) for r, n in zip(requests, num_nodes)], dtype=torch.int32)
+    heads_kv, head_dim = requests[0].new.shape[2:]
+    batch, per = len(requests), -(-max(r.kv.shape[1] + size for r in requests) // max(block_size, 1))
+    table = None
+    if block_size:
+        table = torch.randperm(batch * per, generator=torch.Generator().manual_seed(1)).view(batch, per).int()
+    cache = torch.full((2, batch * per, block_size, heads_kv, head_dim) if block_size
+                       else (2, batch, per, heads_kv, head_dim), NAN)  # fmt: skip
+    q = torch.zeros(batch, size, requests[0].q.shape[1], head_dim)
+    new = torch.zeros(2, batch, size, heads_kv, head_dim)
+    for b, (r, n) in enumerate(zip(requests, num_nodes)):
+        q[b, :n], new[:, b, :n] = r.q, r.new
+        slots = torch.arange(r.kv.shape[1])
+        if table is None:
+            cache[:, b, slots] = r.kv
+        else:
+            cache[:, table[b, slots // block_size].long(), slots % block_size] = r.kv
+    new = new.to(device, dtype)
+    k_cache, v_cache = cache.to(device, dtype).to(cache_dtype or dtype)
+    tree = TokenTree.from_parents(parents, torch.tensor(num_nodes, dtype=torch.int32)).to(device)
+    lens = torch.tensor([r.kv.shape[1] for r in requests], dtype=torch.int32, device=device)
+    table = None if table is None else table.to(device)
+    out, lse = run(q.to(device, dtype), k_cache, v_cache, tree, lens, k=new[0], v=new[1], block_table=table, **kw)
+    return [(out[b, :n], lse[b, :, :n]) for b, n in enumerate(num_nodes)]
+
+
+def check_invariant(
+    run, length, parents, heads_kv, group, head_dim, device="cpu", dtype=torch.float32, nodes=None, **kw
+):
+    """Each node of a tree has the same bits alone, in a batch, paged, as the last of a chain, and decoded plainly."""
+    request = Request.draw(length, parents, heads_kv, group, head_dim, 0)
+    others = [Request.draw(n, [-1, 0, 0], heads_kv, group, head_dim, n) for n in (0, length // 2, length + 33)]
+    call = lambda requests, **more: attend(run, requests, device, dtype, **kw, **more)  # noqa: E731
+    ((out, lse),) = call([request])
+    same = lambda got, i: torch.equal(got[0][-1], out[i]) and torch.equal(got[1][:, -1], lse[:, i])  # noqa: E731
+    for block_size, batch in ((0, [others[0], others[2], request, others[1]]), (16, [others[1], request])):
+        got = call(batch, block_size=block_size, size=len(parents) + 3)[batch.index(request)]
+        assert torch.equal(got[0], out) and torch.equal(got[1], lse), f"in a batch, {block_size=}"
+    for i in range(len(parents)) if nodes is None else nodes:
+        depth = len(request.path(i)) - 1
+        for committed in sorted({0, depth // 2, depth} if depth > 4 else {0, depth}):
+            (got,) = call([request.chain(i, committed)])
+            assert same(got, i), f"node {i} of depth {depth}, {committed} of its path committed"
+        got = call([others[0], request.chain(i, depth)], block_size=16, size=2)[1]
+        assert same(got, i), f"node {i}, plain decoding in a batch"
+
+
+# A deep path that crosses a tile and, with chunks of 64, a chunk at position 128; siblings that come late.
+DEEP = [-1, 0, 0, 1, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 5, 14]
+INVARIANT = {
+    "plain": {}, "long": {"length": 130}, "empty": {"length": 0}, "window": {"window": 9}, "window 70": {"window": 70},
+    "softcap": {"softcap": 5.0},
+}  # fmt: skip
+
+
+def matmul_by_columns(a, b, dtype):
+    """Each row and column depends on itself alone, as in a GPU's matmul and not in that of the CPU's library."""
+    out = np.zeros((a.shape[0], b.shape[1]), dtype)
+    for k in range(a.shape[1]):
+        out += a[:, k : k + 1].astype(dtype) * b[k].astype(dtype)
+    return out
+
+
+@interpreter
+@pytest.mark.parametrize("options", INVARIANT.values(), ids=INVARIANT)
+def test_invariant_bits(options, monkeypatch):
+    monkeypatch.setattr(invariant, "CHUNK", 64)
+    monkeypatch.setattr(np, "matmul", matmul_by_columns)
+    base = {"length": 121, "parents": DEEP, "heads_kv": 1, "group": 2, "head_dim": 32, "nodes": [4, 13, 15]}
+    check_invariant(invariant_kernel, **{**base, **options})
+
+
+@pytest.mark.parametrize("options", INVARIANT.values(), ids=INVARIANT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_lse", [False, True])  # PyTorch's own kernel, and written out
+def test_invariant_bits_cpu(options, dtype, with_lse):
+    def run(*args, **kw):
+        out = tree_attention(*args, return_lse=with_lse, batch_invariant=True, **kw)
+        return out if with_lse else (out, out.new_zeros(out.shape[0], out.shape[2], out.shape[1]))
+
+    base = {"length": 121, "parents": DEEP, "heads_kv": 2, "group": 3, "head_dim": 64, "dtype": dtype}
+    check_invariant(run, **{**base, **options})
 
 
 def plain_loops(q, k_cache, v_cache, tree, lens, window, softcap):
@@ -278,7 +427,7 @@ def op_args(case, append):
     new = (kw["k"], kw["v"]) if append else ()
     return (
         q, k_cache, v_cache, *new, tree.packed_mask, tree.depths, tree.num_nodes, lens, kw["block_table"], None, None,
-        None, 0.125, 5, 0.0, torch.empty_like(q), torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device),
+        None, 0.125, 5, 0.0, False, torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1]).float(),
     )  # fmt: skip
 
 
@@ -338,6 +487,101 @@ def test_gpu(options, run):
 @pytest.mark.parametrize("size", [1, 256, 512])
 def test_gpu_long(group, heads_kv, size):
     check(Case([5000, 37], [size, size], size, heads_kv, group, 128, torch.bfloat16, device="cuda"), public)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", GPU_CASES, ids=str)
+def test_gpu_invariant(options):
+    base = {"lengths": [1000, 130], "num_nodes": [64, 64], "size": 64, "group": 4, "head_dim": 128}
+    check(Case(**{**base, "dtype": torch.bfloat16, **options}, device="cuda"), public_invariant)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"length": 3000}, {"length": 0}, {"length": 500, "window": 100}, {"length": 511}, {"softcap": 5.0},
+        {"dtype": torch.float16}, {"dtype": torch.float32}, {"cache_dtype": torch.float8_e4m3fn}, {"heads_kv": 1},
+        {"group": 1}, {"group": 7, "head_dim": 64}, {"head_dim": 80}, {"head_dim": 256, "group": 2}, {"group": 70},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gpu_invariant_bits(options):
+    sparse = TokenTree.preset("mc_sim_7b_63").parents.tolist()
+    base = {"length": 1020, "parents": sparse, "heads_kv": 8, "group": 4, "head_dim": 128, "dtype": torch.bfloat16}
+    check_invariant(public_invariant, **{**base, **options}, device="cuda", nodes=range(0, 64, 5))
+
+
+@pytest.mark.gpu
+def test_gpu_invariant_bits_of_a_deep_tree():
+    base = {"length": 500, "heads_kv": 8, "group": 4, "head_dim": 128, "dtype": torch.bfloat16}
+    check_invariant(public_invariant, parents=[i - 1 - (i % 7 == 3) for i in range(150)], device="cuda",
+                    nodes=[0, 3, 11, 12, 13, 70, 149], **base)  # fmt: skip
+
+
+def replay_variants(device):
+    """Calls that differ from the first in what Triton compiles for, with shapes that are the same as far as can be."""
+
+    def call(shift=0, heads_kv=4, size=16, length=300, strided=False, dtype=torch.bfloat16, **kw):  # fmt: skip
+        def tensor(*shape):  # `shift` elements into its storage
+            return torch.randn(math.prod(shape) + shift, device=device).to(dtype)[shift:].view(shape)
+
+        k_cache, v_cache = (tensor(2, heads_kv, 1024, 128).transpose(1, 2) if strided
+                            else tensor(2, 1024, heads_kv, 128) for _ in range(2))  # fmt: skip
+        new = {"k": tensor(2, size, heads_kv, 128), "v": tensor(2, size, heads_kv, 128)}
+        tree = TokenTree.from_parents(torch.tensor([max(i // 2 - 1, 0) if i else -1 for i in range(size)])).to(device)
+        lens = torch.tensor([length, 7], dtype=torch.int32, device=device)
+        return (tensor(2, size, 16, 128), k_cache, v_cache, tree, lens), new | kw
+
+    return [
+        call(**options)
+        for options in (
+            {}, {"shift": 4}, {"shift": 1}, {"length": 900}, {"strided": True}, {"size": 1}, {"size": 17},
+            {"heads_kv": 1}, {"heads_kv": 16}, {"dtype": torch.float16}, {"window": 100}, {"softmax_scale": 0.5}, {},
+            {"batch_invariant": True}, {"batch_invariant": True, "shift": 4}, {"return_lse": True},
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_gpu_replayed_launch_equals_tritons_own():
+    """Variants one after another, each twice on other tensors, then once more with nothing remembered."""
+    for (args, kw), (args_2, kw_2) in zip(replay_variants("cuda"), replay_variants("cuda")):
+        tree_attention(*args, **kw)
+        replays = [again for again in attention._ready.values() if again is not attention._through_op]
+        got = tree_attention(*args_2, **kw_2)
+        caches = [x.clone() for x in args_2[1:3]]
+        assert replays
+        attention._ready.clear()
+        expected = tree_attention(*args_2, **kw_2)
+        for x, y in zip(got, expected) if kw.get("return_lse") else [(got, expected)]:
+            assert torch.equal(x, y)
+        assert all(torch.equal(x, y) for x, y in zip(caches, args_2[1:3]))
+    attention._ready.clear()
+    calls = replay_variants("cuda")  # all remembered at once
+    expected = [tree_attention(*args, **kw) for args, kw in calls]
+    for (args, kw), y in zip(calls, expected):
+        x = tree_attention(*args, **kw)
+        assert all(map(torch.equal, x, y)) if kw.get("return_lse") else torch.equal(x, y)
+
+
+@pytest.mark.gpu
+def test_gpu_replay_gives_way_to_profilers():
+    """A hook on launches is called, though the same call was made before without it."""
+    from triton import knobs
+
+    (args, kw), *_ = replay_variants("cuda")
+    expected = tree_attention(*args, **kw)
+    seen = []
+    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert torch.equal(tree_attention(*args, **kw), expected)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert "tree_attention_kernel" in seen or "tree_attention_hopper_kernel" in seen
+    count = len(seen)
+    assert torch.equal(tree_attention(*args, **kw), expected) and len(seen) == count
 
 
 @pytest.mark.gpu

@@ -143,6 +143,10 @@ ATTENTION = [
     ("window", "negative", lambda a: {"window": -1}),
     ("softcap", "negative", lambda a: {"softcap": -1.0}),
     ("softcap", "nan", lambda a: {"softcap": math.nan}),
+    ("softmax_scale", "a tensor", lambda a: {"softmax_scale": torch.ones(())}),
+    ("softcap", "a tensor", lambda a: {"softcap": torch.ones(())}),
+    ("window", "a tensor", lambda a: {"window": torch.ones((), dtype=torch.int32)}),
+    ("batch_invariant", "no bool", lambda a: {"batch_invariant": 1}),
     # sinks
     ("sinks", "rank", lambda a: {"sinks": torch.zeros(H, 1)}),
     ("sinks", "heads", lambda a: {"sinks": torch.zeros(HKV)}),

@@ -6,12 +6,15 @@ tiles: those of the committed prefix need no mask but for the last, partial one;
 tile, are masked by one word of packed bits a row. With more than one split a second kernel merges the partial results.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+
+from .launch import launch as ordinary_launch
 
 INTERPRET = triton.knobs.runtime.interpret
 MERGE_ROWS = 8
@@ -414,22 +417,24 @@ def tile_config(
 
 
 def allocate_partial(q, heads_kv, num_splits):
-    """Room for the splits' results and their LSE, None and None without splits."""
+    """Room for the splits' results and their LSE, in one piece, None and None without splits."""
     if num_splits == 1:
         return None, None
     batch, size, heads, head_dim = q.shape
-    partial = torch.empty((batch * heads_kv, num_splits, size * (heads // heads_kv), head_dim), dtype=torch.float32,
-                          device=q.device)  # fmt: skip
-    return partial, partial.new_empty(partial.shape[:3])
+    shape = batch * heads_kv, num_splits, size * (heads // heads_kv)
+    rows = math.prod(shape)
+    work = torch.empty(rows * (head_dim + 1), dtype=torch.float32, device=q.device)
+    return work[: rows * head_dim].view(*shape, head_dim), work[rows * head_dim :].view(shape)
 
 
 def merge(
     partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse, heads_kv, capacity, window, num_splits, min_tiles,
-    block_n,
+    block_n, launch,
 ):  # fmt: skip
     """Launch the merge; `block_n`, `num_splits`, `min_tiles` and `window` say how the keys were split."""
     batch, size, heads, head_dim = out.shape
-    merge_kernel[(triton.cdiv(partial.shape[2], MERGE_ROWS), batch * heads_kv)](
+    launch(
+        merge_kernel, (triton.cdiv(partial.shape[2], MERGE_ROWS), batch * heads_kv),
         partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse,
         out.stride(0), out.stride(1), out.stride(2),
         size, heads_kv, capacity, window, num_splits, min_tiles,
@@ -442,7 +447,7 @@ def merge(
 
 def tree_attention(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
-    softmax_scale, window, softcap, out, lse, config,
+    softmax_scale, window, softcap, out, lse, config, launch=ordinary_launch,
 ):  # fmt: skip
     """Launch on checked arguments: [B, T, H, D] `q` and `out`, caches, and for what is optional None (window 0)."""
     batch, size, heads, head_dim = q.shape
@@ -454,7 +459,8 @@ def tree_attention(
     partial, partial_lse = allocate_partial(q, heads_kv, config.num_splits)
     per_request = packed_mask.dim() == 3
     upcast = INTERPRET and q.dtype == torch.bfloat16  # the interpreter multiplies the raw bits of bf16
-    tree_attention_kernel[(row_blocks, config.num_splits, batch * heads_kv)](
+    launch(
+        tree_attention_kernel, (row_blocks, config.num_splits, batch * heads_kv),
         q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
         out, lse, partial, partial_lse,
         q.stride(0), q.stride(1), q.stride(2),
@@ -480,5 +486,5 @@ def tree_attention(
     if partial is not None:
         merge(
             partial, partial_lse, num_nodes, cache_seqlens, sinks, out, lse, heads_kv, capacity, window,
-            config.num_splits, config.min_tiles, config.block_n,
+            config.num_splits, config.min_tiles, config.block_n, launch,
         )  # fmt: skip

@@ -7,6 +7,7 @@ the next scores and that of this tile's probabilities with V together, and does 
 """
 
 from functools import lru_cache
+from functools import partial as partial_of
 
 import torch
 import triton
@@ -23,6 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import tree_attention as plain
+from .launch import OfAddress
+from .launch import launch as ordinary_launch
 
 _lengths = gluon.jit(plain._lengths.fn)
 _key_range = gluon.jit(plain._key_range.fn)
@@ -454,7 +457,7 @@ def _box_layout() -> gl.NVMMASharedLayout:
 
 
 @lru_cache(maxsize=1024)
-def _descriptor(ptr: int, dtype: torch.dtype, shape: tuple, strides: tuple, box: int) -> TensorDescriptor:
+def _descriptor(dtype: torch.dtype, shape: tuple, strides: tuple, box: int, ptr: int) -> TensorDescriptor:
     order = (0, 2, 1, 3)
     # The stride of a dimension of size 1 is never used, and may be anything in PyTorch, but not in a descriptor.
     steps = [strides[i] if shape[i] > 1 or i == 3 else shape[3] for i in order]
@@ -485,7 +488,7 @@ def supports(q, k_cache, v_cache, k, v, block_table, sinks, k_scale, window, sof
 
 def tree_attention(
     q, k_cache, v_cache, k, v, packed_mask, num_nodes, cache_seqlens, block_table, softmax_scale, out, lse,
-    num_splits, min_tiles, num_sms,
+    num_splits, min_tiles, num_sms, launch=ordinary_launch,
 ):  # fmt: skip
     """`tree_attention.tree_attention` where `supports` says so."""
     batch, size, heads, head_dim = q.shape
@@ -499,9 +502,12 @@ def tree_attention(
     total = row_blocks * num_splits * batch * heads_kv
     append = k is not None
     unused = cache_seqlens  # stands in for a pointer that is never followed
-    tree_attention_hopper_kernel[(min(total, num_sms),)](
-        _descriptor(k_cache.data_ptr(), k_cache.dtype, k_cache.shape, k_cache.stride(), box),
-        _descriptor(v_cache.data_ptr(), v_cache.dtype, v_cache.shape, v_cache.stride(), box),
+    launch(
+        tree_attention_hopper_kernel, (min(total, num_sms),),
+        *(
+            OfAddress(partial_of(_descriptor, x.dtype, tuple(x.shape), x.stride(), box), x)
+            for x in (k_cache, v_cache)
+        ),
         q, k_cache, v_cache, k if append else k_cache, v if append else v_cache, packed_mask,
         unused if num_nodes is None else num_nodes, cache_seqlens, block_table if paged else unused,
         out, unused if lse is None else lse,
@@ -520,5 +526,5 @@ def tree_attention(
     if partial is not None:
         plain.merge(
             partial, partial_lse, num_nodes, cache_seqlens, None, out, lse, heads_kv, capacity, 0, num_splits,
-            min_tiles, BLOCK_N,
+            min_tiles, BLOCK_N, launch,
         )  # fmt: skip
