@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .acceptance import Acceptance, AcceptMode
 from .tree import TokenTree
+from .verify import VerifiedStep
 
 
 def tree_attention(
@@ -243,6 +244,43 @@ def accept_candidates(
         torch.tensor([token for _, token, _ in results], dtype=torch.int64, device=device),
         torch.tensor([done for _, _, done in results], dtype=torch.bool, device=device),
     )
+
+
+def verify_step(
+    logits: Tensor,
+    tokens: Tensor,
+    tree: TokenTree,
+    kv: Tensor | Sequence[Sequence[Tensor]],
+    cache_seqlens: Tensor,
+    max_tokens: Tensor,
+    root: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    hidden: Tensor | None = None,
+    last_hidden: Tensor | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+    **options: Any,
+) -> VerifiedStep:
+    """`medusa_kernels.verify_step`: acceptance, compaction, then request by request what they leave to do."""
+    accepted = accept_candidates(logits, tokens, tree, max_tokens=max_tokens, eos_token_id=eos_token_id, **options)
+    compact_kv_cache(kv, accepted.path, accepted.accept_length, cache_seqlens, block_table=block_table)
+    eos = [] if eos_token_id is None else torch.as_tensor(eos_token_id).flatten().tolist()
+    report = torch.full((len(root), tree.max_depth + 2), -1, dtype=torch.int64)
+    for b, length in enumerate(accepted.accept_length.tolist()):
+        if length >= 0:
+            next_token = int(accepted.next_token[b])
+            new = accepted.tokens[b, 1 : length + 1].tolist() + [next_token] * (next_token >= 0)
+            report[b, : len(new)] = torch.tensor(new, dtype=torch.int64)
+            max_tokens[b] -= length + 1
+            if bool(accepted.finished[b]) or next_token in eos or max_tokens[b] <= 1:
+                max_tokens[b] = 0
+            if next_token >= 0:
+                root[b] = next_token
+                if hidden is not None and last_hidden is not None:
+                    last_hidden[b] = hidden[b, int(accepted.last_node[b])]
+        report[b, -1] = max_tokens[b] <= 0
+    report = report.to(logits.device)
+    return VerifiedStep(report[:, :-1], report[:, -1].bool(), report, accepted)
 
 
 def _per_request(value, batch: int) -> list:

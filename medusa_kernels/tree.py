@@ -1,7 +1,7 @@
 """Trees of draft tokens: structure, derived masks and paths, and how to choose them."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -195,6 +195,24 @@ class TokenTree:
         tree = cls(trees.parents[0], None, trees.max_depth, trees.ranks[0])
         return cls(tree.parents, None, int(tree.depths.max()), tree.ranks)
 
+    @classmethod
+    def best_size(cls, head_accuracies: Tensor, step_us: Mapping[int, float]) -> int:
+        """How many nodes give the most tokens in a µs: the key of `step_us` for which `search`'s tree does.
+
+        head_accuracies:  as for `search`
+        step_us:          measured time of a decoding step, in any unit, by the tree's nodes; root included, so that 1
+                          is plain decoding. Of one card, model, batch and context length: `benchmarks/step.py` measures
+
+        The larger a tree, the less each more node is likely to be accepted, and the more it costs once the card's
+        matmuls are no longer bound by reading weights: the best size falls with the batch.
+        """
+        if not step_us or not all(us > 0 for us in step_us.values()):
+            raise ValueError(f"step_us: expected a positive time for at least one size, got {dict(step_us)}")
+        if min(step_us) < 1:
+            raise ValueError(f"step_us: expected sizes of at least 1 node, got {min(step_us)}")
+        tokens = cls.search(head_accuracies, max(step_us)).expected_tokens(head_accuracies)
+        return max(step_us, key=lambda size: float(tokens[size - 1]) / step_us[size])
+
     # ---- derived ----
 
     @property
@@ -288,6 +306,28 @@ class TokenTree:
         return other
 
     # ---- use ----
+
+    def expected_tokens(self, head_accuracies: Tensor) -> Tensor:
+        """[T] float64: the tokens that a step gains on average with the first `i + 1` nodes, if heads are right
+        independently of each other (Medusa section 2.3.3): 1, and for each node the product of accuracies on its path.
+
+        head_accuracies:  [heads, K], as for `search`; it must cover the tree's depths and ranks
+        """
+        check_tensor("head_accuracies", head_accuracies, shape=(None, None))
+        if self.batched:
+            raise ValueError(f"expected_tokens: expected one tree, got {self}")
+        heads, top_k = head_accuracies.shape
+        depths, ranks = self.depths.tolist(), self.ranks.tolist()
+        if max(depths) > heads or max(ranks) >= top_k:
+            raise ValueError(
+                f"head_accuracies: expected at least {max(depths)} heads and ranks up to {max(ranks)}, "
+                f"got shape {tuple(head_accuracies.shape)}"
+            )
+        accuracies = head_accuracies.tolist()
+        right = [1.0]
+        for parent, depth, rank in zip(self.parents.tolist()[1:], depths[1:], ranks[1:]):
+            right.append(right[parent] * accuracies[depth - 1][rank])
+        return torch.tensor(right, dtype=torch.float64).cumsum(0)
 
     def candidates(self, root_tokens: Tensor, head_topk: Tensor) -> Tensor:
         """The tree's tokens: the root's, and for a node of depth `d` and rank `r` the rank-`r` token of head `d - 1`.

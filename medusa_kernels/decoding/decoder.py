@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..acceptance import accept_candidates
 from ..integrations.transformers import TreeCache, check_model, prefill, tree_forward
 from ..tree import TokenTree
+from ..verify import finish_step
 from .drafters import Drafter, DraftState
 
 PHASES = ("prefill", "draft", "forward", "accept", "compact")
@@ -191,8 +192,8 @@ class _Batch:
         root = torch.zeros(batch, dtype=torch.int64, device=self.device)
         hidden = torch.zeros(batch, hidden_size, dtype=model.dtype, device=self.device)
         self.state = DraftState(root, hidden, self.cache.cache_seqlens, [], [])
-        self.done = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        self.remaining = torch.zeros(batch, dtype=torch.int32, device=self.device)
+        # Tokens that each request may still have, its root counted; 0 where it is done.
+        self.max_tokens = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self.seed = torch.zeros(2, dtype=torch.int64, device=self.device)  # and the offset, which each step moves on
         # Trees of a drafter on the host, and what they are copied from without waiting.
         columns = 2 * drafter.num_nodes + 1
@@ -212,8 +213,7 @@ class _Batch:
     ) -> None:
         self.state.texts, self.state.finished = texts, [False] * len(texts)
         self.state.root.copy_(torch.tensor([text[-1] for text in texts]))
-        self.done.fill_(False)
-        self.remaining.fill_(max_new_tokens)
+        self.max_tokens.fill_(max_new_tokens + 1)  # the first root is the prompt's last token
         self.key = (eos, seed is None, *options.items())  # all that a captured graph holds fast
         self.eos = torch.tensor(eos, dtype=torch.int64, device=self.device) if eos else None
         self.seed.copy_(torch.tensor([seed or 0, 0]))
@@ -222,33 +222,20 @@ class _Batch:
     def step(self, tokens: Tensor, tree: TokenTree, eos: Tensor | None, clock: "_Clock | None" = None) -> Tensor:
         """Verify trees and move on to the next root. Returns [B, max_depth + 2] int64: new tokens, -1 padded, and
         whether the request is done. For a request that is done already nothing changes."""
-        num_nodes = torch.full_like(self.remaining, tree.size) if tree.num_nodes is None else tree.num_nodes
-        tree = tree.with_num_nodes(torch.where(self.done, 0, num_nodes))
+        num_nodes = torch.full_like(self.max_tokens, tree.size) if tree.num_nodes is None else tree.num_nodes
+        tree = tree.with_num_nodes(torch.where(self.max_tokens > 0, num_nodes, 0))
         logits, hidden = tree_forward(self.model, tokens, tree, self.cache)
         if clock:
             clock.mark("forward")
-        # The root counted as new in the step that decided it, so that it may come on top.
-        accepted = accept_candidates(
-            logits, tokens, tree, max_tokens=self.remaining + 1, eos_token_id=eos, **self.options
-        )
+        # The parts of `verify_step`: they are timed one by one, and a prompt may end in an EOS.
+        accepted = accept_candidates(logits, tokens, tree, max_tokens=self.max_tokens, eos_token_id=eos, **self.options)
         if clock:
             clock.mark("accept")
         self.cache.compact(accepted.path, accepted.accept_length)
-
-        next_token = accepted.next_token.unsqueeze(1)  # -1 where the path has finished the request
-        new = torch.cat([accepted.tokens[:, 1:], torch.full_like(next_token, -1)], 1)
-        new.scatter_(1, accepted.accept_length.long().clamp(min=0).unsqueeze(1), next_token)
-        self.remaining -= (new >= 0).sum(1)
-        last = accepted.last_node.long().clamp(min=0).view(-1, 1, 1).expand(-1, 1, hidden.shape[2])
-        last_hidden = hidden.gather(1, last).squeeze(1)
-        self.state.hidden.copy_(torch.where(next_token >= 0, last_hidden, self.state.hidden))
-        self.state.root.copy_(torch.where(next_token >= 0, next_token, self.state.root.unsqueeze(1)).squeeze(1))
-        self.done |= accepted.finished | (self.remaining <= 0)
-        if self.eos is not None:
-            self.done |= (next_token == self.eos).any(1)
+        step = finish_step(accepted, self.max_tokens, self.state.root, self.eos, hidden, self.state.hidden)
         if clock:
             clock.mark("compact")
-        return torch.cat([new, self.done.unsqueeze(1)], 1)
+        return step.report
 
     def whole_step(self, packed: Tensor | None, clock: "_Clock | None" = None) -> Tensor:
         """Draft, or take from `packed` what a drafter on the host has drafted, and step."""
@@ -268,8 +255,8 @@ class _Batch:
             return
         packed = None if self.drafter.on_device else self.packed
         # Warming up runs steps for real, but a step changes nothing where all requests are done.
-        done, seed = self.done.clone(), self.seed.clone()
-        self.done.fill_(True)
+        max_tokens, seed = self.max_tokens.clone(), self.seed.clone()
+        self.max_tokens.fill_(0)
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -281,7 +268,7 @@ class _Batch:
         self.graph_eos = self.eos  # keeps it alive
         with torch.cuda.graph(self.graph, stream=stream):
             self.graph_out = self.whole_step(packed, self.clock)
-        self.done.copy_(done)
+        self.max_tokens.copy_(max_tokens)
         self.seed.copy_(seed)
 
     def replay(self, draft: tuple[Tensor, TokenTree] | None) -> tuple[Tensor, "_Clock | None"]:

@@ -1,0 +1,156 @@
+"""What follows the model's pass over a tree, as one call: acceptance, compaction, and all that the next step needs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import acceptance
+from ._checks import check_tensor
+from .acceptance import Acceptance, AcceptMode, accept_candidates
+from .kv_cache import compact_kv_cache
+from .tree import TokenTree
+
+_lib = torch.library.Library("medusa_kernels", "FRAGMENT")
+_lib.define(
+    "finish_step(Tensor accept_length, Tensor last_node, Tensor tokens, Tensor next_token, Tensor finished, "
+    "Tensor(a!) max_tokens, Tensor(b!) root, Tensor? eos_tensor, int[] eos, Tensor? hidden, Tensor(c!)? last_hidden) "
+    "-> (Tensor, Tensor)"
+)
+
+
+class VerifiedStep(NamedTuple):
+    """What `verify_step` returns; P = max_depth + 1 of the tree."""
+
+    new_tokens: Tensor  # [B, P] int64, accepted tokens below the root, then the next root; -1 padded
+    done: Tensor  # [B] bool, whether the request has ended, in this step or before
+    report: Tensor  # [B, P + 1] int64, new_tokens and done side by side: all that a host has to fetch, in one copy
+    accepted: Acceptance
+
+
+def verify_step(
+    logits: Tensor,
+    tokens: Tensor,
+    tree: TokenTree,
+    kv: Tensor | Sequence[Sequence[Tensor]],
+    cache_seqlens: Tensor,
+    max_tokens: Tensor,
+    root: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    hidden: Tensor | None = None,
+    last_hidden: Tensor | None = None,
+    mode: str | AcceptMode | Tensor = "greedy",
+    temperature: float | Tensor = 1.0,
+    posterior_threshold: float | Tensor = 0.09,
+    posterior_alpha: float | Tensor = 0.3,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    seed: int | Tensor | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+) -> VerifiedStep:
+    """Accept a path of each request's tree, commit it to the KV cache, and leave all state ready for the next tree.
+
+    logits, tokens, tree, mode ... eos_token_id:  as for `accept_candidates`
+    kv, cache_seqlens, block_table:               as for `compact_kv_cache`; both changed in place
+
+    Each request's state, changed in place, so that a captured CUDA graph can be replayed as it is:
+    cache_seqlens:  [B] int32, committed tokens: the position of the next root; of its nodes, `+ depths`
+    max_tokens:     [B] int32, tokens that the request may still have, the root of this tree counted: with a first root
+                    decided by the prompt, the length of the answer. Becomes 0 when the request ends. 0 or less: the
+                    request has ended
+    root:           [B] int64, node 0 of the next tree; of a request that ends it stays, as the model needs some token
+    last_hidden:    [B, hidden] what `hidden [B, T, hidden]` has at the node that predicted the next root, for drafters
+                    that start from there (Medusa, EAGLE); given together, of equal dtype
+
+    A request ends with an EOS, on the path or as its next root, or when `max_tokens` is used up: the next root is the
+    last token then, and is not run through the model. Of one that has ended, or is padding in this step
+    (`tree.num_nodes[b] == 0`), nothing changes, and its new tokens are all -1.
+
+    Three launches on a GPU (acceptance, compaction, bookkeeping), no host synchronisation.
+
+    Raises TypeError, ValueError for an argument of the wrong type, shape, dtype, device or stride, RuntimeError where
+    the compiled operators are missing. Nothing is written then.
+    """
+    _check_state(tokens, max_tokens, root, hidden, last_hidden)
+    accepted = accept_candidates(
+        logits, tokens, tree, mode=mode, temperature=temperature, posterior_threshold=posterior_threshold,
+        posterior_alpha=posterior_alpha, top_k=top_k, top_p=top_p, seed=seed, eos_token_id=eos_token_id,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or not isinstance(seed, Tensor):
+        compact_kv_cache(kv, accepted.path, accepted.accept_length, cache_seqlens, block_table=block_table)
+    else:
+        try:
+            compact_kv_cache(kv, accepted.path, accepted.accept_length, cache_seqlens, block_table=block_table)
+        except Exception:
+            seed[1] -= 1  # as if the call had not been made
+            raise
+    return finish_step(accepted, max_tokens, root, eos_token_id, hidden, last_hidden)
+
+
+def finish_step(
+    accepted: Acceptance,
+    max_tokens: Tensor,
+    root: Tensor,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
+    hidden: Tensor | None = None,
+    last_hidden: Tensor | None = None,
+) -> VerifiedStep:
+    """The last part of `verify_step`: budgets, next roots and new tokens of requests whose path has been accepted."""
+    eos_tensor, eos = acceptance._eos(eos_token_id)
+    report, done = torch.ops.medusa_kernels.finish_step(
+        accepted.accept_length, accepted.last_node, accepted.tokens, accepted.next_token, accepted.finished,
+        max_tokens, root, eos_tensor, eos, hidden, last_hidden,
+    )  # fmt: skip
+    return VerifiedStep(report[:, :-1], done, report, accepted)
+
+
+def _check_state(tokens, max_tokens, root, hidden, last_hidden) -> None:
+    check_tensor("tokens", tokens, shape=(None, None), dtype=torch.int64)
+    batch, size = tokens.shape
+    each = {"shape": (batch,), "device": tokens.device, "last_dim_contiguous": True}
+    check_tensor("max_tokens", max_tokens, dtype=torch.int32, **each)
+    check_tensor("root", root, dtype=torch.int64, **each)
+    if (hidden is None) != (last_hidden is None):
+        name = "hidden" if hidden is None else "last_hidden"
+        raise ValueError(f"{name}: hidden and last_hidden must be given together, got None")
+    if hidden is not None:
+        check_tensor("hidden", hidden, shape=(batch, size, None), device=tokens.device, last_dim_contiguous=True)
+        shape = (batch, hidden.shape[2])
+        check_tensor("last_hidden", last_hidden, shape=shape, dtype=hidden.dtype, device=tokens.device,
+                     last_dim_contiguous=True)  # fmt: skip
+
+
+def _launch(*arguments) -> tuple[Tensor, Tensor]:
+    from ._triton import verify_step as kernels
+
+    return kernels.finish_step(*arguments)
+
+
+def _on_cpu(
+    accept_length, last_node, tokens, next_token, finished, max_tokens, root, eos_tensor, eos, hidden, last_hidden
+) -> tuple[Tensor, Tensor]:
+    takes_part, goes_on = accept_length >= 0, next_token >= 0
+    ends = finished | torch.isin(next_token, torch.tensor(eos, dtype=torch.int64) if eos_tensor is None else eos_tensor)
+    left = max_tokens - accept_length - 1
+    done = torch.where(takes_part, ends | (left <= 1), max_tokens <= 0)
+    max_tokens.copy_(torch.where(takes_part, torch.where(done, 0, left), max_tokens))
+    root.copy_(torch.where(goes_on, next_token, root))
+    # The path's tokens without the root's, and the next root after them.
+    report = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1), done.unsqueeze(1)], 1)
+    report.scatter_(1, accept_length.long().clamp(min=0).unsqueeze(1), next_token.unsqueeze(1))
+    if hidden is not None:
+        rows = hidden[torch.arange(len(root)), last_node.long().clamp(min=0)]
+        last_hidden.copy_(torch.where(goes_on.unsqueeze(1), rows, last_hidden))
+    return report, done
+
+
+def _fake(accept_length, last_node, tokens, next_token, finished, *_) -> tuple[Tensor, Tensor]:
+    return tokens.new_empty(tokens.shape[0], tokens.shape[1] + 1), torch.empty_like(finished)
+
+
+_lib.impl("finish_step", _launch, "CUDA")
+_lib.impl("finish_step", _on_cpu, "CPU")
+torch.library.register_fake("medusa_kernels::finish_step", _fake, lib=_lib)

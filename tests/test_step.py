@@ -1,0 +1,334 @@
+"""benchmarks/step.py: its model, its steps and its arithmetic, on a CPU and a tiny model; and the choice of a size."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import common
+import step
+
+from medusa_kernels import TokenTree
+
+CPU = torch.device("cpu")
+TINY = step.MODELS["tiny"]
+H100 = common.Limits("NVIDIA H100 80GB HBM3", "2.11", "3.6", 3.09, 780.0, 1.3, 50 << 20)
+interpreter = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="the interpreter is off where a GPU is there"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return step.Model(TINY, CPU, torch.float32)
+
+
+def context(model, batch=2, length=20):
+    return step.Context(model, batch, length, 16)
+
+
+def tree_step(model, nodes, rows=None, **options):
+    tree = step.tree_for(nodes)
+    made = step.Step(context(model), tree, rows or 2 * nodes, **options)
+    made.make_drafts_right()
+    return made
+
+
+# ---- the steps ----
+
+
+@pytest.mark.parametrize("mode", ["greedy", "typical"])
+@pytest.mark.parametrize("nodes", [4, 9, 16])
+def test_a_tree_step_says_what_plain_steps_say(model, nodes, mode):
+    made = tree_step(model, nodes, mode=mode)
+    result = made.run()
+    accepted = min(step.ACCEPTED, made.tree.max_depth)
+    assert result.accepted.accept_length.tolist() == [accepted] * 2
+    assert made.cache_seqlens.tolist() == [20 + accepted + 1] * 2
+    plain = step.Step(context(model), TokenTree.chain(0), 2, plain=True)
+    texts = []
+    for _ in range(accepted + 1):
+        texts.append(plain.forward()[:, 0].argmax(-1))
+        plain.tokens[:, 0] = texts[-1]
+        plain.cache_seqlens += 1
+    assert result.new_tokens[:, : accepted + 1].tolist() == torch.stack(texts, 1).tolist()
+    assert made.root.tolist() == texts[-1].tolist()
+    again = made.run()
+    assert again.report.tolist() == result.report.tolist()  # it starts at the same place
+
+
+def test_every_candidate_of_plain_decoding_agrees(model):
+    candidates = step.plain_candidates(context(model))
+    assert len(candidates) == 8 and {made.rows for made in candidates} == {2, 16}
+    want = candidates[0].forward()
+    for made in candidates:
+        torch.testing.assert_close(made.forward(), want, rtol=1e-3, atol=1e-3)
+        made.run()
+        assert made.root.tolist() == want[:, 0].argmax(-1).tolist()
+        assert made.cache_seqlens.tolist() == [21, 21]
+        assert made.wrong(want[:, 0]) is None
+
+
+def test_padding_rows_change_nothing(model):
+    torch.testing.assert_close(tree_step(model, 9, 32).forward(), tree_step(model, 9).forward(), rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_wrong_is_found(model):
+    made = tree_step(model, 9)
+    logits = made.forward()[:, 0].clone()
+    assert made.wrong(logits) is None
+    assert "logits" in made.wrong(logits.flip(1))
+    assert "logits" in made.wrong(torch.full_like(logits, float("nan")))
+    made.tokens[:, 1:] = (made.tokens[:, 1:] + 1) % TINY.vocab
+    assert "accepted" in made.wrong(logits)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "tree"])
+def test_parts_build_up_to_the_step(model, plain, monkeypatch):
+    made = step.Step(context(model), TokenTree.chain(0), 2, plain=True) if plain else tree_step(model, 9)
+    called: list[str] = []
+    for name in ("tree_attention", "rms_norm", "rotary", "silu_mul", "accept_candidates", "verify_step"):
+        real = getattr(step, name)
+        monkeypatch.setattr(
+            step, name, lambda *a, _name=name, _real=real, **k: (called.append(_name), _real(*a, **k))[1]
+        )
+    ran = []
+    for parts in range(1, 6):
+        called.clear()
+        made.run(parts)
+        ran.append(set(called))
+    attention, rest = {"tree_attention"}, {"tree_attention", "rms_norm", "rotary", "silu_mul"}
+    last = [rest, rest] if plain else [rest | {"accept_candidates"}, rest | {"verify_step"}]
+    assert ran == [set(), attention, rest, *last]
+
+
+# ---- the kernels between ----
+
+
+@interpreter
+def test_kernels_equal_pytorch():
+    rows, hidden = 3, 48
+    residual, x, weight = torch.randn(rows, hidden), torch.randn(rows, hidden), torch.rand(hidden)
+    for added in (None, x):
+        want_residual, got_residual = residual.clone(), residual.clone()
+        want = step.rms_norm(want_residual, added, weight)
+        got = torch.empty_like(want)
+        step.rms_norm_kernel[(rows,)](
+            got_residual, added, weight, got, hidden, step.EPS, HAS_X=added is not None, BLOCK=64
+        )
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got_residual, want_residual)
+
+    heads, dim, lengths, depths = 5, 16, torch.tensor([4, 9]).int(), torch.tensor([0, 1, 1]).int()
+    table, qkv = torch.randn(16, dim), torch.randn(8, 7 * dim)  # two heads and two rows are left alone
+    want, got = qkv.clone(), qkv.clone()
+    step.rotary(want, heads, table, lengths, depths)
+    step.rotary_kernel[(6,)](got, table, lengths, depths, 3, got.stride(0), HEADS=5, BLOCK_HEADS=8, HALF=dim // 2)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(want[6:], qkv[6:]) and torch.equal(want[:, 5 * dim :], qkv[:, 5 * dim :])
+    assert not torch.equal(want[:6, : 5 * dim], qkv[:6, : 5 * dim])
+
+    gate_up = torch.randn(rows, 2 * 1030)
+    got = torch.empty(rows, 1030)
+    step.silu_mul_kernel[(rows, 2)](gate_up, got, 1030, BLOCK=1024)
+    torch.testing.assert_close(got, step.silu_mul(gate_up))
+
+
+COMPILE = """
+import step
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+constants = {
+    step.rms_norm_kernel: {"HAS_X": True, "BLOCK": 4096},
+    step.rotary_kernel: {"HEADS": 40, "BLOCK_HEADS": 64, "HALF": 64},
+    step.silu_mul_kernel: {"BLOCK": 1024},
+}
+types = {"table_ptr": "*fp32", "cache_seqlens_ptr": "*i32", "depths_ptr": "*i32", "eps": "fp32"}
+for kernel, chosen in constants.items():
+    kinds = {n: types.get(n, "*bf16" if n.endswith("_ptr") else "i32") for n in kernel.arg_names}
+    source = ASTSource(kernel, signature=kinds | dict.fromkeys(chosen, "constexpr"), constexprs=chosen)
+    compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    print("compiled")
+"""
+
+
+def test_kernels_compile():
+    """In a process of its own, as the interpreter must be off."""
+    path = os.pathsep.join((str(Path(step.__file__).parent), str(Path(step.__file__).parents[1])))
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["compiled"] * 3, done.stderr[-2000:]
+
+
+def test_rotary_turns_relative_positions():
+    """Scores of rotated q and k depend on the distance alone."""
+    table = context(SimpleNamespace(shape=TINY, head=torch.zeros(1, 1)), 1, 40).rotary
+    q, k = torch.randn(16), torch.randn(16)
+
+    def score(i: int, j: int) -> float:
+        rotated = []
+        for x, at in ((q, i), (k, j)):
+            row = x.clone().view(1, 16)
+            step.rotary(row, 1, table, torch.tensor([at]).int(), torch.tensor([0]).int())
+            rotated.append(row[0])
+        return float(rotated[0] @ rotated[1])
+
+    assert score(30, 21) == pytest.approx(score(15, 6), rel=1e-4)
+    assert score(30, 21) != pytest.approx(score(30, 20), rel=1e-2)
+
+
+# ---- counts and derived numbers ----
+
+
+@pytest.mark.parametrize("name, floor_us", [("vicuna_7b", 4300), ("llama3_8b", 4884)])
+def test_weights(name, floor_us):
+    assert 2 * step.MODELS[name].weights / H100.read_tb_s * 1e-6 == pytest.approx(floor_us, rel=0.01)
+
+
+def measured(nodes, us, batch=1, **parts):
+    rest = dict.fromkeys(step.PARTS, 0.0) | parts
+    return step.Measured("tiny", batch, 20, nodes, "greedy", us, rest, "best", {"best": us}, None)
+
+
+def test_overheads_by_hand():
+    results = [
+        measured(1, 100.0, matmuls=90.0, attention=10.0),
+        measured(64, 110.0, matmuls=92.0, attention=13.0, acceptance=4.0, compaction=1.0),
+        measured(16, 50.0, batch=4),  # without plain decoding to compare with
+    ]
+    (row,) = step.overheads(results)
+    assert row["overhead"] == pytest.approx(1.1)
+    assert row["parts_percent"] == pytest.approx(
+        {"matmuls": 2, "attention": 3, "rest": 0, "acceptance": 4, "compaction": 1}
+    )
+    assert row["operators_percent"] == pytest.approx(8)
+    assert row["published_speed_up"]["Medusa-1, Vicuna-7B, greedy"] == pytest.approx(2.32 / 1.1)
+    assert row["tokens"] == pytest.approx(2.3845, abs=1e-3) and row["speed_up"] == pytest.approx(row["tokens"] / 1.1)
+
+
+def test_best_sizes():
+    results = [measured(1, 100.0), measured(16, 101.0), measured(64, 102.0), measured(128, 140.0),
+               measured(1, 100.0, batch=4), measured(16, 150.0, batch=4), measured(64, 400.0, batch=4)]  # fmt: skip
+    rows = {row["batch"]: row for row in step.best_sizes(results)}
+    assert (rows[1]["nodes"], rows[4]["nodes"]) == (64, 16)
+    assert rows[1]["speed_up"] == pytest.approx(2.3845 / 1.02, abs=1e-3)
+
+
+def test_results_are_merged(tmp_path):
+    path = tmp_path / "results" / "card_step.json"
+    step.merge_results(path, [measured(1, 100.0), measured(16, 120.0)], H100)
+    every = step.merge_results(path, [measured(16, 110.0), measured(64, 130.0)], H100)
+    assert [(r.nodes, r.us) for r in every] == [(1, 100.0), (16, 110.0), (64, 130.0)]
+    content = json.loads(path.read_text())
+    assert len(content["steps"]) == 3 and len(content["overheads"]) == 2 and len(content["best_sizes"]) == 1
+    other = common.Limits("another card", *list(vars(H100).values())[1:])
+    assert len(step.merge_results(path, [measured(1, 90.0)], other)) == 1
+
+
+def test_smoke_run(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--batches", "2", "--lengths", "20", "--nodes", "4,9", "--out", str(tmp_path)]
+    assert step.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "SMOKE TEST" in said and "WRONG" not in said
+    content = json.loads((tmp_path / "cpu_step.json").read_text())
+    assert [(row["batch"], row["nodes"]) for row in content["steps"]] == [(2, 1), (2, 4), (2, 9)]
+    for row in content["steps"]:
+        assert sum(row["parts_us"].values()) == pytest.approx(row["us"]) and row["us"] > 0
+    assert len(content["steps"][0]["candidates_us"]) == 8
+    assert (tmp_path / "cpu_step.png").stat().st_size > 1000
+
+
+def test_a_wrong_step_fails_the_run(monkeypatch, capsys):
+    monkeypatch.setattr(step.Step, "wrong", lambda self, logits: None if self.plain else "accepted [0]")
+    assert step.main(["--device", "cpu", "--batches", "1", "--nodes", "4"]) == 1
+    assert "WRONG, accepted [0]" in capsys.readouterr().out
+
+
+def test_bad_arguments():
+    for arguments in (["--models", "gpt"], ["--nodes", "1,16"], ["--batches", "0"]):
+        with pytest.raises(SystemExit):
+            step.main(["--device", "cpu", *arguments])
+    with pytest.raises(argparse.ArgumentTypeError, match="gpt"):
+        step.models("tiny,gpt")
+
+
+@pytest.mark.gpu
+def test_gpu_run(device):
+    """Right in bf16, captured, and timed, at head dims and groups of the real models."""
+    for shape in (TINY, step.Shape(512, 3, 4, 4, 128, 768, 1000), step.Shape(512, 3, 8, 2, 64, 768, 5000)):
+        args = SimpleNamespace(models=["tiny"], batches=[1, 4], lengths=[300], nodes=[16, 26, 64, 128], mode="greedy",
+                               replays=3)  # fmt: skip
+        before = step.MODELS["tiny"]
+        step.MODELS["tiny"] = shape
+        try:
+            with torch.inference_mode():
+                results, wrong = step.measure_all(args, H100, device, print)
+        finally:
+            step.MODELS["tiny"] = before
+        assert wrong == 0 and len(results) == 10
+        assert all(r.us > 0 and r.floor_us > 0 for r in results)
+
+
+# ---- the size of a tree ----
+
+
+def test_expected_tokens_by_hand():
+    accuracies = torch.tensor([[0.5, 0.2], [0.4, 0.1]])
+    tree = TokenTree.from_choices([[0], [1], [0, 0], [1, 1]])
+    assert tree.expected_tokens(accuracies).tolist() == pytest.approx([1, 1.5, 1.7, 1.9, 1.92])
+    assert TokenTree.chain(0).expected_tokens(accuracies).tolist() == [1]
+
+
+def test_expected_tokens_is_the_mean_over_independent_heads():
+    accuracies = torch.tensor([[0.6, 0.2, 0.1], [0.5, 0.2, 0.1]], dtype=torch.float64)
+    tree = TokenTree.search(accuracies, 8)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.cat([accuracies, 1 - accuracies.sum(1, keepdim=True)], 1)
+    ranks = torch.multinomial(weights, 20000, replacement=True, generator=generator)  # of the right token, 3: none
+    parents, node_ranks = tree.parents.tolist(), tree.ranks.tolist()
+    right = torch.ones(tree.size, 20000, dtype=torch.bool)
+    for node in range(1, tree.size):
+        right[node] = right[parents[node]] & (ranks[int(tree.depths[node]) - 1] == node_ranks[node])
+    mean = right.sum(0).double().mean()
+    assert float(mean) == pytest.approx(float(tree.expected_tokens(accuracies)[-1]), abs=0.02)
+
+
+def test_best_size():
+    accuracies = step.HEAD_ACCURACIES
+    flat = dict.fromkeys((1, 16, 64, 128), 10.0)
+    assert TokenTree.best_size(accuracies, flat) == 128  # more nodes for nothing
+    assert TokenTree.best_size(accuracies, {n: float(n) for n in flat}) == 1  # each node as dear as a step
+    assert TokenTree.best_size(accuracies, {1: 10.0, 16: 10.5, 64: 10.9, 128: 11.5}) == 64
+    step_us = {1: 9.0, 2: 11.0, 7: 13.0, 30: 18.0}
+    brute = {
+        n: float(TokenTree.search(accuracies, n).expected_tokens(accuracies)[-1]) / us for n, us in step_us.items()
+    }
+    assert TokenTree.best_size(accuracies, step_us) == max(brute, key=brute.get)
+
+
+def test_best_size_bad_input():
+    accuracies = torch.tensor([[0.5, 0.2]])
+    for step_us in ({}, {4: 0.0}, {4: -1.0, 8: 2.0}, {4: float("nan")}):
+        with pytest.raises(ValueError, match="step_us"):
+            TokenTree.best_size(accuracies, step_us)
+    with pytest.raises(ValueError, match="step_us: expected sizes"):
+        TokenTree.best_size(accuracies, {0: 1.0})
+    with pytest.raises(ValueError, match="num_nodes"):  # there are no more than two paths
+        TokenTree.best_size(accuracies, {4: 1.0})
+    with pytest.raises(TypeError, match="head_accuracies"):
+        TokenTree.best_size([[0.5]], {1: 1.0})
+    tree = TokenTree.from_choices([[0], [0, 0]])
+    with pytest.raises(ValueError, match="head_accuracies: expected at least 2 heads"):
+        tree.expected_tokens(accuracies)
+    with pytest.raises(ValueError, match="expected_tokens: expected one tree"):
+        TokenTree.best_first(torch.rand(2, 2, 2), 3).expected_tokens(accuracies)

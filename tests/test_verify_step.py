@@ -1,0 +1,409 @@
+"""verify_step: against the reference on random cases, by hand, and its kernel against the CPU's path."""
+
+import copy
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from medusa_kernels import TokenTree, reference, verify, verify_step
+from medusa_kernels._triton import verify_step as kernels
+
+VOCAB = 6  # few tokens, so that drafts are often right
+interpreter = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="the interpreter is off where a GPU is there"
+)
+
+
+@dataclass
+class Case:
+    """Arguments of a call; `state()` is all that it changes."""
+
+    logits: Tensor
+    tokens: Tensor
+    tree: TokenTree
+    kv: Tensor
+    cache_seqlens: Tensor
+    max_tokens: Tensor
+    root: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, function) -> verify.VerifiedStep:
+        return function(self.logits, self.tokens, self.tree, self.kv, self.cache_seqlens, self.max_tokens, self.root,
+                        **self.options)  # fmt: skip
+
+    def state(self) -> list[Tensor]:
+        extra = [self.options.get(name) for name in ("last_hidden", "seed")]
+        tensors = [self.kv, self.cache_seqlens, self.max_tokens, self.root]
+        return [x.cpu().clone() for x in tensors + extra if isinstance(x, Tensor)]
+
+    def to(self, device) -> "Case":
+        """A copy, on that device."""
+        move = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        tensors = (self.kv, self.cache_seqlens, self.max_tokens, self.root)
+        return Case(self.logits.to(device), self.tokens.to(device), self.tree.to(device),
+                    *(x.to(device, copy=True) for x in tensors), move)  # fmt: skip
+
+
+def make_case(seed: int, paged: bool = False) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randint(low, high, *shape, dtype=torch.int64):
+        return torch.randint(low, high, shape, generator=generator, dtype=dtype)
+
+    batch, size = int(randint(1, 6)), int(randint(1, 13))
+    batched = bool(randint(0, 2))
+    parents = (torch.rand(*([batch] if batched else []), size, generator=generator) * torch.arange(size)).int()
+    parents[..., 0] = -1
+    num_nodes = randint(0, size + 1, batch, dtype=torch.int32) if randint(0, 2) else None
+    tree = TokenTree.from_parents(parents, num_nodes if batched else None)
+    if num_nodes is not None and not batched:
+        tree = tree.with_num_nodes(num_nodes)
+    slots = 32
+    shape = (2, 2, batch, slots, 1, 8)
+    options: dict[str, Any] = {}
+    if paged:
+        shape = (2, 2, batch * slots // 8, 8, 1, 8)
+        table = torch.randperm(batch * slots // 8, generator=generator).view(batch, -1)
+        options["block_table"] = table.int()
+    mode = int(randint(0, 4))
+    if mode == 3:
+        options["mode"] = randint(0, 3, batch, dtype=torch.int8)
+    else:
+        options["mode"] = ("greedy", "typical", "sampling")[mode]
+    if mode >= 2 or randint(0, 2):
+        options["seed"] = torch.tensor([seed, 3])
+    eos = [None, 2, [2, 4], [], torch.tensor([1, 5, 2])][int(randint(0, 5))]
+    if eos is not None:
+        options["eos_token_id"] = eos
+    if randint(0, 2):
+        # A slice of something wider, so that strides matter.
+        options["hidden"] = torch.randn(batch, size, 40, generator=generator)[:, :, 3:36]
+        options["last_hidden"] = torch.randn(batch, 40, generator=generator)[:, 2:35]
+    options |= {"posterior_threshold": 0.1, "posterior_alpha": 0.4}
+    logits = 2 * torch.randn(batch, size, VOCAB, generator=generator)
+    return Case(
+        logits, randint(0, VOCAB, batch, size), tree, torch.randn(shape, generator=generator),
+        randint(0, slots - size + 1, batch, dtype=torch.int32), randint(-1, 7, batch, dtype=torch.int32),
+        randint(0, VOCAB, batch), options,
+    )  # fmt: skip
+
+
+def flat(step: verify.VerifiedStep) -> list[Tensor]:
+    return [x.cpu() for x in (step.new_tokens, step.done, step.report, *step.accepted)]
+
+
+def assert_equal(got: list[Tensor], want: list[Tensor]) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+# ---- against the reference ----
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_random_cases(paged):
+    seen = {"accepted": 0, "done": 0, "goes on": 0, "padded": 0}
+    for seed in range(150):
+        case = make_case(seed, paged)
+        want_case = case.to("cpu")
+        got, want = case.call(verify_step), want_case.call(reference.verify_step)
+        assert_equal(flat(got), flat(want))
+        assert_equal(case.state(), want_case.state())
+        seen["accepted"] += int((got.accepted.accept_length > 0).sum())
+        seen["done"] += int((got.done & (got.accepted.accept_length >= 0)).sum())
+        seen["goes on"] += int((~got.done).sum())
+        seen["padded"] += int((got.accepted.accept_length < 0).sum())
+    assert min(seen.values()) > 20, seen
+
+
+@interpreter
+def test_kernel_equals_the_cpus_path():
+    for seed in range(60):
+        case = make_case(seed)
+        step = case.call(verify_step)  # an acceptance; its bookkeeping below is done anew
+        eos_tensor, eos = verify.acceptance._eos(case.options.get("eos_token_id"))
+        states, outs = [], []
+        for finish in (verify._on_cpu, kernels.finish_step):
+            fresh = make_case(seed)
+            a = step.accepted
+            hidden, last_hidden = (fresh.options.get(name) for name in ("hidden", "last_hidden"))
+            outs.append(finish(a.accept_length, a.last_node, a.tokens, a.next_token, a.finished, fresh.max_tokens,
+                               fresh.root, eos_tensor, eos, hidden, last_hidden))  # fmt: skip
+            states.append([fresh.max_tokens, fresh.root] + ([] if last_hidden is None else [last_hidden]))
+        assert_equal(list(outs[1]), list(outs[0]))
+        assert_equal(states[1], states[0])
+
+
+def by_hand(max_tokens: int, eos=None, num_nodes: int = 4) -> tuple[verify.VerifiedStep, Case]:
+    """Chain 5 -> 1 -> 2 -> 3; the model says 1, 2, 0: two drafts are right, 0 comes next."""
+    logits = torch.zeros(1, 4, VOCAB)
+    for node, token in enumerate((1, 2, 0, 4)):
+        logits[0, node, token] = 1
+    kv = torch.arange(16.0).view(1, 1, 1, 16, 1, 1).repeat(1, 2, 1, 1, 1, 1)
+    case = Case(
+        logits, torch.tensor([[5, 1, 2, 3]]), TokenTree.chain(3).with_num_nodes(torch.tensor([num_nodes]).int()), kv,
+        torch.tensor([7], dtype=torch.int32), torch.tensor([max_tokens], dtype=torch.int32), torch.tensor([5]),
+        {"hidden": torch.arange(4.0).view(1, 4, 1), "last_hidden": torch.full((1, 1), -7.0), "eos_token_id": eos},
+    )  # fmt: skip
+    return case.call(verify_step), case
+
+
+def test_by_hand():
+    step, case = by_hand(10)
+    assert step.new_tokens.tolist() == [[1, 2, 0, -1]] and step.done.tolist() == [False]
+    assert step.report.tolist() == [[1, 2, 0, -1, 0]]
+    assert case.root.tolist() == [0] and case.cache_seqlens.tolist() == [10] and case.max_tokens.tolist() == [7]
+    assert case.options["last_hidden"].tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize(
+    "max_tokens, eos, new, root, committed, left",
+    [
+        (5, None, [1, 2, 0], 0, 3, 2),  # one may follow the next root
+        (4, None, [1, 2, 0], 0, 3, 0),  # the next root is the last
+        (3, None, [1, 2], 5, 3, 0),  # the path uses the budget up
+        (2, None, [1], 5, 2, 0),
+        (1, None, [], 5, 1, 0),
+        (0, None, [], 5, 0, 0),
+        (10, 2, [1, 2], 5, 3, 0),  # an EOS on the path
+        (10, 0, [1, 2, 0], 0, 3, 0),  # the next root is one
+        (10, [4, 5], [], 5, 1, 0),  # the root is one
+        (10, torch.tensor([3, 0]), [1, 2, 0], 0, 3, 0),
+    ],
+)
+def test_ends(max_tokens, eos, new, root, committed, left):
+    step, case = by_hand(max_tokens, eos)
+    assert [t for t in step.new_tokens[0].tolist() if t >= 0] == new
+    assert step.done.tolist() == [left == 0] and case.root.tolist() == [root]
+    assert case.cache_seqlens.tolist() == [7 + committed] and case.max_tokens.tolist() == [left]
+
+
+@pytest.mark.parametrize("max_tokens, num_nodes", [(0, 4), (-3, 4), (10, 0)], ids=["ended", "negative", "padding"])
+def test_nothing_changes_where_nothing_is_emitted(max_tokens, num_nodes):
+    step, case = by_hand(max_tokens, num_nodes=num_nodes)
+    assert step.new_tokens.tolist() == [[-1] * 4] and step.done.tolist() == [max_tokens <= 0]
+    assert case.root.tolist() == [5] and case.cache_seqlens.tolist() == [7]
+    assert case.max_tokens.tolist() == [max_tokens] and case.options["last_hidden"].tolist() == [[-7.0]]
+    assert torch.equal(case.kv[0, 0].flatten(), torch.arange(16.0))
+
+
+def test_steps_give_plain_greedy_text():
+    """A model that knows a cycle of tokens and drafts that are sometimes wrong: the text is the cycle's."""
+    tree = TokenTree.full([2, 2])
+    cache_seqlens = torch.zeros(2, dtype=torch.int32)
+    max_tokens, root = torch.tensor([11, 4], dtype=torch.int32), torch.tensor([0, 3])
+    kv = torch.zeros(1, 2, 2, 64, 1, 8)
+    texts = [[0], [3]]
+    for step_index in range(12):
+        drafts = torch.stack([(root + d + 1) % VOCAB for d in range(2)], 1)
+        wrong = (drafts + 1 + step_index % 3) % VOCAB
+        tokens = tree.candidates(root, torch.stack([wrong, drafts], 2))
+        logits = torch.nn.functional.one_hot((tokens + 1) % VOCAB, VOCAB).float()
+        step = verify_step(logits, tokens, tree, kv, cache_seqlens, max_tokens, root)
+        for text, (*new, _) in zip(texts, step.report.tolist()):
+            text += [token for token in new if token >= 0]
+        if step.done.all():
+            break
+    assert texts == [[i % VOCAB for i in range(11)], [(3 + i) % VOCAB for i in range(4)]]
+
+
+# ---- bad input ----
+
+BAD = [
+    ("max_tokens", {"max_tokens": 5}, TypeError),
+    ("max_tokens", {"max_tokens": torch.zeros(2, dtype=torch.int64)}, ValueError),
+    ("max_tokens", {"max_tokens": torch.zeros(3, dtype=torch.int32)}, ValueError),
+    ("max_tokens", {"max_tokens": torch.zeros(4, dtype=torch.int32)[::2]}, ValueError),
+    ("root", {"root": torch.zeros(2, dtype=torch.int32)}, ValueError),
+    ("root", {"root": torch.zeros(2, 1, dtype=torch.int64)}, ValueError),
+    ("root", {"root": None}, TypeError),
+    ("tokens", {"tokens": torch.zeros(2, dtype=torch.int64)}, ValueError),
+    ("tokens", {"tokens": torch.zeros(2, 3, dtype=torch.int32)}, ValueError),
+    ("last_hidden", {"hidden": torch.zeros(2, 3, 4)}, ValueError),
+    ("hidden", {"last_hidden": torch.zeros(2, 4)}, ValueError),
+    ("hidden", {"hidden": torch.zeros(2, 4, 4), "last_hidden": torch.zeros(2, 4)}, ValueError),
+    ("hidden", {"hidden": torch.zeros(2, 3, 8)[..., ::2], "last_hidden": torch.zeros(2, 4)}, ValueError),
+    ("last_hidden", {"hidden": torch.zeros(2, 3, 4), "last_hidden": torch.zeros(2, 5)}, ValueError),
+    ("last_hidden", {"hidden": torch.zeros(2, 3, 4), "last_hidden": torch.zeros(2, 4).half()}, ValueError),
+    ("logits", {"logits": torch.zeros(2, 4, VOCAB)}, ValueError),
+    ("mode", {"mode": "beam"}, ValueError),
+    ("eos_token_id", {"eos_token_id": "2"}, TypeError),
+    ("kv", {"kv": []}, ValueError),
+    ("cache_seqlens", {"cache_seqlens": torch.zeros(2, dtype=torch.int64)}, ValueError),
+    ("block_table", {"block_table": torch.zeros(2, 1)}, ValueError),
+]
+
+
+@pytest.mark.parametrize("name, change, error", BAD, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(BAD)])
+def test_bad_input(name, change, error):
+    arguments = {
+        "logits": torch.zeros(2, 3, VOCAB), "tokens": torch.zeros(2, 3, dtype=torch.int64), "tree": TokenTree.chain(2),
+        "kv": torch.zeros(1, 2, 2, 8, 1, 4), "cache_seqlens": torch.zeros(2, dtype=torch.int32),
+        "max_tokens": torch.full((2,), 9, dtype=torch.int32), "root": torch.ones(2, dtype=torch.int64),
+        "seed": torch.tensor([1, 2]),
+    }  # fmt: skip
+    arguments |= change
+    before = copy.deepcopy({k: v for k, v in arguments.items() if isinstance(v, Tensor)})
+    with pytest.raises(error, match=f"^{name}"):
+        verify_step(**arguments)
+    for key, value in before.items():
+        assert torch.equal(arguments[key], value), key
+
+
+# ---- torch.compile, opcheck, and on a GPU ----
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from medusa_kernels._triton.verify_step import finish_step_kernel as kernel
+
+types = dict.fromkeys(("accept_length_ptr", "last_node_ptr", "max_tokens_ptr"), "*i32")
+types |= dict.fromkeys(("tokens_ptr", "next_token_ptr", "root_ptr", "eos_ptr", "report_ptr"), "*i64")
+types |= {"finished_ptr": "*i1", "done_ptr": "*i1", "hidden_ptr": "*bf16", "last_hidden_ptr": "*bf16"}
+for arch, eos, block_eos, block_h in ((80, (2, 128009), 0, 2048), (90, (), 4, 2048), (100, (), 0, 0)):
+    constants = {"EOS": eos, "BLOCK_EOS": block_eos, "BLOCK_P": 8, "BLOCK_H": block_h}
+    absent = ([] if block_eos else ["eos_ptr"]) + ([] if block_h else ["hidden_ptr", "last_hidden_ptr"])
+    constants |= dict.fromkeys(absent)
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
+    print("compiled", arch)
+"""
+
+
+def test_kernel_compiles():
+    """For each architecture and kind of EOS; in a process of its own, as the interpreter must be off."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == ["compiled", "80", "compiled", "90", "compiled", "100"], done.stderr[-2000:]
+
+
+def check_op(device) -> None:
+    for seed in (1, 4, 5, 9):
+        case = make_case(seed).to(device)
+        accepted = case.call(verify_step).accepted
+        fresh = make_case(seed).to(device)
+        eos_tensor, eos = verify.acceptance._eos(fresh.options.get("eos_token_id"))
+        hidden, last_hidden = (fresh.options.get(name) for name in ("hidden", "last_hidden"))
+        torch.library.opcheck(
+            torch.ops.medusa_kernels.finish_step.default,
+            (accepted.accept_length, accepted.last_node, accepted.tokens, accepted.next_token, accepted.finished,
+             fresh.max_tokens, fresh.root, eos_tensor, eos, hidden, last_hidden),
+        )  # fmt: skip
+
+
+def check_compile(device) -> None:
+    for seed in (1, 4):
+        case, other = make_case(seed).to(device), make_case(seed).to(device)
+        tree, options = case.tree, case.options
+
+        def step(logits, tokens, kv, cache_seqlens, max_tokens, root, tree=tree, options=options):
+            return verify_step(logits, tokens, tree, kv, cache_seqlens, max_tokens, root, **options)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        got = compiled(case.logits, case.tokens, case.kv, case.cache_seqlens, case.max_tokens, case.root)
+        assert_equal(flat(got), flat(other.call(verify_step)))
+        assert_equal(case.state(), other.state())
+
+
+def test_opcheck():
+    check_op("cpu")
+
+
+def test_compile():
+    check_compile("cpu")
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu(device):
+    for paged in (False, True):
+        for seed in range(100):
+            case = make_case(seed, paged)
+            on_gpu = case.to(device)
+            assert_equal(flat(on_gpu.call(verify_step)), flat(case.call(verify_step)))
+            assert_equal(on_gpu.state(), case.state())
+
+
+@pytest.mark.gpu
+def test_gpu_wide_hidden_and_long_paths(device):
+    tree = TokenTree.chain(511)
+    tokens = torch.arange(512).repeat(2, 1)
+    logits = torch.nn.functional.one_hot((tokens + 1) % 513, 513).half()
+    case = Case(
+        logits, tokens, tree, torch.randn(1, 2, 2, 600, 1, 8), torch.tensor([3, 80], dtype=torch.int32),
+        torch.tensor([1000, 300], dtype=torch.int32), torch.zeros(2, dtype=torch.int64),
+        {"hidden": torch.randn(2, 512, 5000), "last_hidden": torch.randn(2, 5000)},
+    )  # fmt: skip
+    on_gpu = case.to(device)
+    assert_equal(flat(on_gpu.call(verify_step)), flat(case.call(verify_step)))
+    assert_equal(on_gpu.state(), case.state())
+    assert case.root.tolist() == [512, 0] and case.max_tokens.tolist() == [1000 - 512, 0]
+
+
+@pytest.mark.gpu
+def test_gpu_does_not_synchronise(device):
+    case = make_case(4).to(device)
+    case.call(verify_step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.call(verify_step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_graph_replays_steps(device):
+    """Drafts, verifies and moves on in one graph; each replay continues where the one before stopped."""
+    tree = TokenTree.full([2, 2], device)
+    batch, vocab = 3, 50
+
+    def fresh():
+        return (torch.zeros(1, 2, batch, 128, 1, 8, device=device),
+                torch.zeros(batch, dtype=torch.int32, device=device),
+                torch.tensor([40, 9, 0], dtype=torch.int32, device=device),
+                torch.tensor([0, 3, 7], device=device), torch.tensor([5, 0], device=device))  # fmt: skip
+
+    table = torch.randn(vocab, vocab, device=device, generator=torch.Generator(device).manual_seed(1))
+
+    def step(kv, cache_seqlens, max_tokens, root, seed):
+        top = table[root].topk(2).indices
+        tokens = tree.candidates(root, torch.stack([top, table[top[:, 0]].topk(2).indices], 1))
+        return verify_step(table[tokens], tokens, tree, kv, cache_seqlens, max_tokens, root, seed=seed, mode="sampling",
+                           temperature=0.5, eos_token_id=[11, 12]).report  # fmt: skip
+
+    eager_state = fresh()
+    eager = [step(*eager_state).tolist() for _ in range(12)]
+    state = fresh()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(*state)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        report = step(*state)
+    for buffer, start in zip(state, fresh()):
+        buffer.copy_(start)
+    replayed = []
+    for _ in range(12):
+        graph.replay()
+        replayed.append(report.tolist())
+    assert replayed == eager
+    assert_equal([x.cpu() for x in state], [x.cpu() for x in eager_state])
+    assert eager[-1][1][-1] == 1 and eager[0][2] == [-1, -1, -1, 1]
+
+
+@pytest.mark.gpu
+def test_gpu_opcheck_and_compile(device):
+    check_op(device)
+    check_compile(device)
