@@ -56,12 +56,82 @@ def decoding_table() -> str:
     return "\n".join([f"**decoding**: {about}", "", *lines])
 
 
+HEADS = {
+    "paper": "Medusa-1, heads as in the paper",
+    "medusa1": "Medusa-1, heads that see the root",
+    "hard": "the same, trained on tokens alone",
+    "sequential": "Medusa-1, sequential heads",
+    "medusa2": "Medusa-2, heads that see the root",
+}
+
+
+def medusa_table() -> str:
+    """SmolLM2-135M-Instruct with each kind of heads, from `medusa_smollm2.py`; by category, the heads that it ships."""
+    path = RESULTS / f"{CARD}_medusa_smollm2.json"
+    if not path.is_file():
+        return "**Medusa heads**: not measured yet."
+    data = json.loads(path.read_text())
+    lines = [
+        "| heads | tokens a step, MT-bench | dynamic trees | same fp32 text | top-1 by head | tokens/s | faster by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in data["variants"].items():
+        evaluation, timed = row.get("evaluation"), row.get("timed")
+        steps = f"{evaluation['mt_bench']['tokens_per_step']:.2f}" if evaluation else "-"
+        dynamic = f"{row['dynamic_trees']['mt_bench']['tokens_per_step']:.2f}" if "dynamic_trees" in row else "-"
+        same = "-"
+        if evaluation and evaluation["dtype"] == "float32":
+            same = f"{evaluation['all']['identical']} of {evaluation['all']['answers']}"
+        top1 = " / ".join(f"{share:.2f}" for share in row["search"]["top1"]) if "search" in row else "-"
+        rate = f"{timed['medusa']['tokens_per_s']:.0f} | {timed['speedup']:.2f}x" if timed else "- | -"
+        lines.append(f"| {HEADS[name]} | {steps} | {dynamic} | {same} | {top1} | {rate} |")
+    about = (
+        f"SmolLM2-135M-Instruct, {data['device']}, {data['date']}, torch {data['torch']}. Greedy, trees of "
+        f"{data['sizes']['num_nodes']} nodes"
+    )
+    if each := next((row["evaluation"] for row in data["variants"].values() if "evaluation" in row), None):
+        about += (
+            f". Tokens a step and same text: {each['all']['answers']} answers of up to {each['max_new_tokens']} tokens "
+            f"in batches of {each['batch_size']}, against plain decoding token for token"
+        )
+    if each := next((row["timed"] for row in data["variants"].values() if "timed" in row), None):
+        about += (
+            f". Tokens/s: {each['answers']} answers of up to {each['max_new_tokens']} tokens, {each['dtype']}, one "
+            "request, CUDA graphs, without prefill; faster than the same decoder without heads"
+        )
+    if data["transformers_tokens_per_s"]:
+        about += f"; `transformers`' `generate`: {data['transformers_tokens_per_s']:.0f} tokens/s"
+    if data["distill"]:
+        folders = data["distill"]["folders"].values()
+        tokens, seconds = sum(each["answer_tokens"] for each in folders), data["distill"]["seconds"]
+        about += f". Trained on {tokens / 1e6:.1f} M answer tokens, distilled in {seconds:.0f} s"
+    out = [f"**Medusa heads**: {about}.", "", *lines]
+    if perplexity := data["variants"].get("medusa2", {}).get("perplexity"):
+        change = perplexity["trained"] / perplexity["original"] - 1
+        out += ["", f"Medusa-2 changes the model: its perplexity on held-out text by {change:+.2%}."]
+    if sampled := data["temperature_0.7"]:
+        rates = ", ".join(f"{mode} {row['mt_bench']['tokens_per_step']:.2f}" for mode, row in sampled.items())
+        out += ["", f"At temperature 0.7, tokens a step on MT-bench, heads that see the root: {rates}."]
+    if evaluation := data["variants"].get("medusa1", {}).get("evaluation"):
+        out += ["", "| heads that see the root | answers | identical | tokens a step | repeated 4-grams |"]
+        out += ["| --- | --- | --- | --- | --- |"]
+        for name, row in {**evaluation["categories"], "all": evaluation["all"]}.items():
+            out.append(
+                f"| {name} | {row['answers']} | {row['identical']} | {row['tokens_per_step']:.2f} | "
+                f"{row['repeated_4gram_share']:.0%} |"
+            )
+    return "\n".join(out)
+
+
+TABLES = {"decoding": decoding_table, "medusa": medusa_table}
+
+
 def render(text: str) -> str:
     """README's text with every table made anew."""
 
     def table(match: re.Match) -> str:
         name = match[1]
-        body = decoding_table() if name == "decoding" else operator_table(name)
+        body = TABLES[name]() if name in TABLES else operator_table(name)
         return f"<!-- results:{name} -->\n{body}\n<!-- /results -->"
 
     return re.sub(r"<!-- results:(\w+) -->.*?<!-- /results -->", table, text, flags=re.S)

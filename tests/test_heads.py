@@ -1,6 +1,7 @@
 """Medusa heads and their drafters against the published layout, written out here module by module."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,18 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa_kernels import TokenTree
-from medusa_kernels.decoding import DraftState, NoDrafter, TreeDecoder
+from medusa_kernels.decoding import DraftState, NoDrafter, TreeDecoder, medusa
 from medusa_kernels.decoding.heads import MedusaHeads, SequentialHeads
-from medusa_kernels.decoding.medusa import DynamicMedusaDrafter, MedusaDrafter, SequentialDrafter, load_tree
+from medusa_kernels.decoding.medusa import (
+    DynamicMedusaDrafter,
+    DynamicSequentialDrafter,
+    MedusaDrafter,
+    SequentialDrafter,
+    load_drafter,
+    load_tree,
+    shipped_heads,
+)
+from medusa_kernels.decoding.models import SMOLLM2
 
 VOCAB, HIDDEN = 61, 32
 
@@ -25,8 +35,8 @@ def make_model(hidden=HIDDEN, vocab=VOCAB, device="cpu", dtype=torch.float32):
     return LlamaForCausalLM(config).eval().to(device, dtype)
 
 
-def random_heads(model, num_heads=3, num_layers=2, shared_lm_head=True, scale=0.1, kind=MedusaHeads):
-    heads = kind.from_model(model, num_heads, num_layers, shared_lm_head=shared_lm_head)
+def random_heads(model, num_heads=3, num_layers=2, shared_lm_head=True, scale=0.1, kind=MedusaHeads, **options):
+    heads = kind.from_model(model, num_heads, num_layers, shared_lm_head=shared_lm_head, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in heads.parameters():
@@ -69,6 +79,32 @@ def test_untrained_heads_are_the_lm_head(shared_lm_head):
     names = {name for name, _ in heads.named_parameters()}
     assert names == {"weight", "bias"} | (set() if shared_lm_head else {"lm_head"})
     assert heads.shared_lm_head is shared_lm_head and (heads.projection(0) is model.lm_head.weight) is shared_lm_head
+
+
+def test_heads_that_see_the_root_by_their_definition(tmp_path):
+    model = make_model()
+    heads = random_heads(model, sees_root=True)
+    hidden, root = torch.randn(2, 5, HIDDEN), torch.randint(0, VOCAB, (1, 2, 5))
+    got = heads(hidden, root)
+    e = model.model.embed_tokens(root[0])
+    e = e / (e.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    for head in range(3):
+        z = hidden @ heads.weight[0, head].T + e @ heads.token_weight[head].T + heads.bias[0, head]
+        x = hidden + z * z.sigmoid()
+        z = x @ heads.weight[1, head].T + heads.bias[1, head]
+        torch.testing.assert_close(got[head], model.lm_head(x + z * z.sigmoid()), rtol=1e-4, atol=1e-4)
+    for wrong in (None, root[:, :1]):
+        with pytest.raises(ValueError, match="tokens: these heads need the root"):
+            heads(hidden, wrong)
+    heads.save_pretrained(tmp_path)
+    again = MedusaHeads.from_pretrained(tmp_path, model)
+    assert type(again) is MedusaHeads and torch.equal(again(hidden, root), got)
+    with pytest.raises(ValueError, match=r"share the model's embedding, so it must be given"):
+        MedusaHeads.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sees_root": False}))
+    with pytest.raises(ValueError, match="token_weight is not expected"):
+        MedusaHeads.from_pretrained(tmp_path, model)
 
 
 def test_layers_and_heads_are_distinct():
@@ -277,7 +313,7 @@ def test_sequential_heads_are_saved(tmp_path, shared_lm_head):
     with pytest.raises(ValueError, match="so it must be given"):
         MedusaHeads.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "sequential": False}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sequential": False, "sees_root": False}))
     with pytest.raises(ValueError, match="token_weight is not expected"):
         MedusaHeads.from_pretrained(tmp_path, model)
 
@@ -308,12 +344,44 @@ def test_sequential_drafter_follows_each_path(tree):
             assert int(tokens[b, node]) == paths[-1][-1]
 
 
+def test_dynamic_sequential_drafter_takes_the_likeliest_paths():
+    """All nodes expanded: the best of all paths. A few expanded: the best of what they reach."""
+    heads = random_heads(make_model(), kind=SequentialHeads, num_heads=2, scale=0.3)
+    hidden = torch.randn(2, HIDDEN)
+    tokens, tree = DynamicSequentialDrafter(heads, 20, top_k=VOCAB, width=VOCAB).draft(state_of(hidden))
+    narrow, narrow_tree = DynamicSequentialDrafter(heads, 8, top_k=3, width=2).draft(state_of(hidden))
+    assert narrow[:, 0].tolist() == tokens[:, 0].tolist() == [0, 1]
+    for b in range(2):
+        roots, below = torch.full((VOCAB,), b), torch.arange(VOCAB)
+        probs = heads(hidden[b].expand(VOCAB, -1), torch.stack([roots, below])).softmax(-1).detach()
+        first = probs[0, 0]
+        score = {(i,): float(first[i]) for i in range(VOCAB)}
+        score |= {(i, j): float(first[i] * probs[1, i, j]) for i in range(VOCAB) for j in range(VOCAB)}
+
+        def paths(tokens, tree, b=b):
+            out = [()]
+            for node in range(1, tree.size):
+                out.append((*out[int(tree.parents[b, node])], int(tokens[b, node])))
+            return out[1:]
+
+        best = sorted(score, key=lambda path: -score[path])
+        assert sorted(paths(tokens, tree)) == sorted(best[:19])
+        top = first.topk(3).indices.tolist()
+        reached = {(i,) for i in top} | {(i, int(j)) for i in top[:2] for j in probs[1, i].topk(3).indices}
+        assert len(reached) == 9
+        assert sorted(paths(narrow, narrow_tree)) == sorted([path for path in best if path in reached][:7])
+
+
 def drafters(model):
     heads, sequential = random_heads(model), random_heads(model, kind=SequentialHeads, scale=0.3)
+    seeing = random_heads(model, sees_root=True)
     return {
+        "static_root": MedusaDrafter(seeing, TokenTree.full([3, 2, 2])),
+        "dynamic_root": DynamicMedusaDrafter(seeing, num_nodes=10, top_k=4),
         "static": MedusaDrafter(heads, TokenTree.full([3, 2, 2])),
         "dynamic": DynamicMedusaDrafter(heads, num_nodes=10, top_k=4),
         "sequential": SequentialDrafter(sequential, TokenTree.full([3, 2, 2])),
+        "dynamic_sequential": DynamicSequentialDrafter(sequential, num_nodes=14, top_k=4, width=3),
         "root": MedusaDrafter(heads, TokenTree.chain(0)),
     }
 
@@ -321,7 +389,9 @@ def drafters(model):
 PROMPTS = [[5, 9, 5, 9, 5], [17], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic", "sequential", "root"])
+@pytest.mark.parametrize(
+    "kind", ["static", "dynamic", "static_root", "dynamic_root", "sequential", "dynamic_sequential", "root"]
+)
 def test_greedy_text_is_that_of_plain_decoding(kind):
     model = make_model()
     drafter = drafters(model)[kind]
@@ -335,7 +405,9 @@ def test_greedy_text_is_that_of_plain_decoding(kind):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True], ids=["eager", "graph"])
-@pytest.mark.parametrize("kind", ["static", "dynamic", "sequential", "root"])
+@pytest.mark.parametrize(
+    "kind", ["static", "dynamic", "static_root", "dynamic_root", "sequential", "dynamic_sequential", "root"]
+)
 def test_greedy_text_is_that_of_plain_decoding_on_gpu(device, kind, cuda_graph):
     model = make_model(device=device)
     decoder = TreeDecoder(model, drafters(model)[kind], cuda_graph=cuda_graph)
@@ -369,6 +441,16 @@ def test_bad_input():
             drafter(other, TokenTree.chain(2))
     with pytest.raises(TypeError, match="heads: "):
         DynamicMedusaDrafter(sequential)
+    with pytest.raises(TypeError, match="heads: "):
+        DynamicSequentialDrafter(heads)
+    for options, message in (
+        ({"top_k": 62}, r"top_k: expected 1\.\.61"),
+        ({"width": 0}, "width: expected at least 1"),
+        ({"num_nodes": 1}, r"num_nodes: expected 2\.\."),
+        ({"num_nodes": 24, "top_k": 2, "width": 4}, r"num_nodes: expected 2\.\.15"),  # 1 + 2 + 4 + 8
+    ):
+        with pytest.raises(ValueError, match=message):
+            DynamicSequentialDrafter(sequential, **options)
     with pytest.raises(ValueError, match="embedding: expected"):
         SequentialHeads(1, 1, torch.zeros(VOCAB, HIDDEN), torch.zeros(VOCAB, 8))
     with pytest.raises(ValueError, match="top_k"):
@@ -388,3 +470,39 @@ def test_broken_tree_files(tmp_path):
             load_tree(tmp_path)
     (tmp_path / "tree.json").write_text('{"choices": [[0], [0, 1]]}')
     assert load_tree(tmp_path).parents.tolist() == [-1, 0, 1]
+
+
+def test_a_smaller_tree_is_cut_from_a_saved_one(tmp_path):
+    choices = [[0], [0, 0], [1], [0, 0, 0], [2], [0, 1]]  # best first
+    (tmp_path / "tree.json").write_text(json.dumps({"choices": choices}))
+    for num_nodes in range(2, 9):
+        want = TokenTree.from_choices(choices[: num_nodes - 1])
+        tree = load_tree(tmp_path, num_nodes)
+        assert tree.parents.tolist() == want.parents.tolist() and tree.ranks.tolist() == want.ranks.tolist()
+    assert load_tree(tmp_path, 1).size == 1 and load_tree(tmp_path).size == 7
+    with pytest.raises(ValueError, match="num_nodes: expected at least 1, got 0"):
+        load_tree(tmp_path, 0)
+    (tmp_path / "tree.json").write_text(json.dumps({"choices": [[0, 0], [0]]}))
+    with pytest.raises(ValueError, match=r"num_nodes: the first 1 paths of .* are no tree"):
+        load_tree(tmp_path, 2)
+    model = make_model()
+    (tmp_path / "tree.json").write_text(json.dumps({"choices": choices}))
+    random_heads(model, sees_root=True).save_pretrained(tmp_path)
+    assert load_drafter(tmp_path, model, 4).num_nodes == 4 and load_drafter(tmp_path, model).num_nodes == 7
+
+
+def test_shipped_heads():
+    """For the demo's model alone. Where the weights are in the folder, they are small, whole and have their tree."""
+    assert shipped_heads("some/other-model") is None
+    folder = Path(medusa.__file__).parent / "smollm2_medusa"
+    weights = folder / "medusa_heads.safetensors"
+    assert shipped_heads(SMOLLM2) == (folder if weights.is_file() else None)
+    assert "Apache" in (folder / "README.md").read_text()
+    if weights.is_file():
+        with torch.device("meta"):
+            config = LlamaConfig(vocab_size=49152, hidden_size=576, num_hidden_layers=1, num_attention_heads=9)
+            model = LlamaForCausalLM(config)
+        assert weights.stat().st_size < 16 * 2**20
+        heads = MedusaHeads.from_pretrained(folder, model)
+        assert heads.shared_lm_head and load_tree(folder).max_depth <= heads.num_heads
+        assert load_tree(folder, 8).size == 8 and load_tree(folder).size >= 32

@@ -1,5 +1,7 @@
 """README.md keeps its word: its Python runs, in order, as one program, and the files that it points to are there."""
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -22,3 +24,50 @@ def test_links_lead_to_files():
     links = re.findall(r"\]\((?!https?://)([^)#]+)", README.read_text())
     missing = [link for link in links if not (ROOT / link).exists()]
     assert links and not missing, missing
+
+
+def load_readme_script():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_medusa_table(tmp_path, monkeypatch):
+    """What is there is shown, what was not measured is not."""
+    script = load_readme_script()
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    assert script.medusa_table() == "**Medusa heads**: not measured yet."
+    summary = {"answers": 20, "identical": 19, "tokens_per_step": 2.125, "repeated_4gram_share": 0.25}
+    timed = {"plain": {"tokens_per_s": 700.0}, "medusa": {"tokens_per_s": 1400.0}, "speedup": 2.0}
+    timed |= {"answers": 8, "max_new_tokens": 256, "dtype": "bfloat16"}
+    data = {
+        "device": "Card", "date": "2026-01-01", "torch": "2.11", "failed": [], "transformers_tokens_per_s": None,
+        "sizes": {"num_nodes": 64}, "distill": None, "temperature_0.7": {},
+        "variants": {
+            "medusa1": {
+                "search": {"top1": [0.5, 0.25]}, "timed": timed,
+                "dynamic_trees": {"mt_bench": {**summary, "tokens_per_step": 2.5}},
+                "evaluation": {
+                    "dtype": "float32", "max_new_tokens": 128, "batch_size": 10,
+                    "mt_bench": summary, "all": summary, "categories": {"writing": summary},
+                },
+            },
+            "medusa2": {"perplexity": {"original": 2.0, "trained": 2.01}},
+        },
+    }  # fmt: skip
+    path = tmp_path / f"{script.CARD}_medusa_smollm2.json"
+    path.write_text(json.dumps(data))
+    table = script.medusa_table()
+    assert "| Medusa-1, heads that see the root | 2.12 | 2.50 | 19 of 20 | 0.50 / 0.25 | 1400 | 2.00x |" in table
+    assert "20 answers of up to 128 tokens in batches of 10" in table
+    assert "8 answers of up to 256 tokens, bfloat16" in table
+    assert "| Medusa-2, heads that see the root | - | - | - | - | - | - |" in table
+    assert "perplexity on held-out text by +0.50%" in table and "| writing | 20 | 19 | 2.12 | 25% |" in table
+    assert "generate" not in table and "temperature 0.7" not in table
+    data.update(transformers_tokens_per_s=41.5, distill={"seconds": 90.0, "folders": {"a": {"answer_tokens": 1500000}}})
+    data["temperature_0.7"] = {"typical": {"mt_bench": summary}, "sampling": {"mt_bench": summary}}
+    path.write_text(json.dumps(data))
+    table = script.medusa_table()
+    assert "`generate`: 42 tokens/s. Trained on 1.5 M answer tokens, distilled in 90 s." in table
+    assert "typical 2.12, sampling 2.12" in table

@@ -1,5 +1,6 @@
 """Every stage of training on a tiny model that has learnt a repetitive language, through the command line."""
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -13,10 +14,11 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from medusa_kernels import TokenTree
-from medusa_kernels.decoding import NoDrafter, TreeDecoder, load_model
+from medusa_kernels.decoding import NoDrafter, TreeDecoder, demo, load_model
 from medusa_kernels.decoding.heads import MedusaHeads, SequentialHeads
 from medusa_kernels.decoding.medusa import (
     DynamicMedusaDrafter,
+    DynamicSequentialDrafter,
     MedusaDrafter,
     SequentialDrafter,
     load_drafter,
@@ -28,7 +30,7 @@ from medusa_kernels.training.config import DistillConfig, Medusa1Config, Medusa2
 from medusa_kernels.training.data import Answers, read_jsonl, read_turns
 from medusa_kernels.training.distill import whole_message
 from medusa_kernels.training.evaluate import repeated_four_grams
-from medusa_kernels.training.medusa1 import heads_loss
+from medusa_kernels.training.medusa1 import heads_loss, teachers_rows
 from medusa_kernels.training.medusa2 import Medusa2, perplexity
 from medusa_kernels.training.search import head_accuracies, joint_search, tokens_per_step, tree_choices
 from medusa_kernels.training.trainer import ramp_and_cosine
@@ -130,10 +132,10 @@ def heads(work, answers):
 
 def test_distilled_answers_are_the_models_own(work, answers):
     assert sorted(path.name for path in (work / "answers").iterdir()) == [
-        "distill.json", "shard-00000.jsonl", "shard-00001.jsonl", "shard-00002.jsonl",
+        "distill.json", "shard-00000.jsonl.gz", "shard-00001.jsonl.gz", "shard-00002.jsonl.gz",
     ]  # fmt: skip
     model, tokenizer = load_model(str(work / "model"))
-    rows = [row for i in range(3) for row in read_jsonl(work / "answers" / f"shard-0000{i}.jsonl")]
+    rows = [row for i in range(3) for row in read_jsonl(work / "answers" / f"shard-0000{i}.jsonl.gz")]
     for row, asked in zip(rows, read_turns([work / "prompts.jsonl"])):
         assert tokenizer.decode(row["prompt"]).split()[1:-2] == asked["turns"][0].split()
         assert 1 <= len(row["answer"]) <= 32 and 1 not in row["answer"][:-1]
@@ -147,7 +149,7 @@ def test_distilled_answers_are_the_models_own(work, answers):
 def test_greedy_distillation_is_greedy(work, tmp_path):
     arguments = distill_arguments(work, tmp_path, "temperature=0", "limit=6", "samples=2", "shard_size=5")
     assert main(arguments) == 0
-    rows = [row for i in range(3) for row in read_jsonl(tmp_path / f"shard-0000{i}.jsonl")]
+    rows = [row for i in range(3) for row in read_jsonl(tmp_path / f"shard-0000{i}.jsonl.gz")]
     model, _ = load_model(str(work / "model"))
     want = TreeDecoder(model, NoDrafter()).generate([row["prompt"] for row in rows[:6]], 32).tokens
     assert [row["answer"] for row in rows] == want * 2
@@ -156,14 +158,14 @@ def test_greedy_distillation_is_greedy(work, tmp_path):
 def test_distillation_resumes(work, answers, tmp_path):
     shutil.copytree(work / "answers", tmp_path / "answers")
     arguments = distill_arguments(work, tmp_path / "answers")
-    kept = tmp_path / "answers" / "shard-00000.jsonl"
-    kept.write_text(kept.read_text() + "\n")  # a shard that is there is left as it is
-    before = kept.read_text()
-    (tmp_path / "answers" / "shard-00001.jsonl").unlink()
+    kept = tmp_path / "answers" / "shard-00000.jsonl.gz"
+    before = kept.read_bytes() + gzip.compress(b"\n")
+    kept.write_bytes(before)  # a shard that is there is left as it is
+    (tmp_path / "answers" / "shard-00001.jsonl.gz").unlink()
     assert main([*arguments, "max_seconds=0"]) == OUT_OF_TIME
     assert main(arguments) == 0
-    assert kept.read_text() == before
-    for name in ("shard-00001.jsonl", "shard-00002.jsonl"):
+    assert kept.read_bytes() == before
+    for name in ("shard-00001.jsonl.gz", "shard-00002.jsonl.gz"):
         assert (tmp_path / "answers" / name).read_bytes() == (work / "answers" / name).read_bytes()
 
 
@@ -231,26 +233,56 @@ def test_answers_to_one_prompt_stay_on_one_side():
         Answers(sequences, 3)
 
 
-@pytest.mark.parametrize("shared_lm_head", [True, False])
-def test_heads_loss(monkeypatch, shared_lm_head):
+@pytest.mark.parametrize("kind", ["shared", "own", "root", "soft"])
+def test_heads_loss(monkeypatch, kind):
     """Against the definition, and in chunks the same, gradients included."""
     torch.manual_seed(0)
-    lm_head = torch.randn(11, 8)
-    heads = MedusaHeads(3, 2, lm_head if shared_lm_head else lm_head.repeat(3, 1, 1))
+    lm_head, embedding = torch.randn(2, 11, 8)
+    heads = MedusaHeads(
+        3, 2, lm_head.repeat(3, 1, 1) if kind == "own" else lm_head, embedding if kind in ("root", "soft") else None
+    )
     with torch.no_grad():
-        heads.weight.normal_(0, 0.3)
+        for parameter in (heads.weight, heads.bias, *([heads.token_weight] if heads.sees_root else [])):
+            parameter.normal_(0, 0.3)
     hidden, labels = torch.randn(23, 8), torch.randint(0, 11, (4, 23))
-    labels[1:, 20:] = -100
-    want = sum(0.8 ** (k + 1) * F.cross_entropy(heads(hidden)[k], labels[k + 1], ignore_index=-100) for k in range(3))
+    for k in range(1, 4):  # two answers, of 12 and 11 positions
+        labels[k, 12 - k : 12] = labels[k, 23 - k :] = -100
+    soft = 0.4 if kind == "soft" else 0.0
+    logits, own = heads(hidden, labels[:1]), (hidden @ lm_head.T).softmax(-1)
+    want = hard = 0
+    for k in range(1, 4):
+        right = [n for n in range(23) if labels[k, n] >= 0]
+        log_p = logits[k - 1][right].log_softmax(-1)
+        each = -log_p.gather(1, labels[k, right].unsqueeze(1)).mean()
+        blurred = -(own[[n + k for n in right]] * log_p).sum(-1).mean()  # what the model says k places on
+        want = want + 0.8**k * ((1 - soft) * each + soft * blurred)
+        hard = hard + 0.8**k * each
     grads = torch.autograd.grad(want, list(heads.parameters()))
     for chunk in (5, 4096):
         monkeypatch.setattr(medusa1, "CHUNK", chunk)
-        loss, each = heads_loss(heads, hidden, labels, 0.8)
+        teacher = teachers_rows(hidden, lm_head, labels[0]) if soft else None
+        loss, each = heads_loss(heads, hidden, labels, 0.8, teacher, soft)
         torch.testing.assert_close(loss, want)
-        torch.testing.assert_close(sum(0.8 ** (k + 1) * each[f"head{k + 1}"] for k in range(3)), want.detach())
+        torch.testing.assert_close(sum(0.8 ** (k + 1) * each[f"head{k + 1}"] for k in range(3)), hard.detach())
         torch.testing.assert_close(torch.autograd.grad(loss, list(heads.parameters())), grads)
-    nothing, _ = heads_loss(heads, hidden, torch.full_like(labels, -100), 0.8)
+    nothing, _ = heads_loss(heads, hidden, torch.full_like(labels, -100), 0.8, hidden, 0.5 if soft else 0.0)
     assert nothing.item() == 0.0
+
+
+def test_heads_loss_in_mixed_precision():
+    """Logits, their softmax and the gradient are bfloat16 there: as near to float32 as that allows."""
+    torch.manual_seed(0)
+    lm_head = torch.randn(300, 64) * 0.2
+    heads = MedusaHeads(2, 1, lm_head)
+    hidden, labels = torch.randn(50, 64), torch.randint(0, 300, (3, 50))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            teacher = teachers_rows(hidden, lm_head, labels[0])
+            loss, _ = heads_loss(heads, hidden, labels, 0.8, teacher, 0.5)
+        results.append((loss.item(), torch.autograd.grad(loss, heads.weight)[0]))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
+    assert (results[1][1] - results[0][1]).norm() < 0.02 * results[0][1].norm()
 
 
 def test_medusa1_learns(work, answers, heads):
@@ -272,7 +304,7 @@ def test_medusa1_learns(work, answers, heads):
 def test_the_model_itself_is_not_trained(work, heads):
     model, _ = load_model(str(work / "model"))
     state = torch.load(heads / "checkpoint.pt", weights_only=True)
-    assert set(state["parameters"]) == {"heads.weight", "heads.bias"}
+    assert set(state["parameters"]) == {"heads.weight", "heads.bias", "heads.token_weight"}
     saved = MedusaHeads.from_pretrained(heads, model)
     assert torch.equal(saved.weight, state["parameters"]["heads.weight"])
 
@@ -305,19 +337,20 @@ def test_all_stages_on_gpu(work, tmp_path):
         ["prompts", common, f"output={tmp_path}/own.jsonl", "count=40", "batch_size=20", "temperature=1.0"],
         ["distill", common, f"prompts=[{work}/prompts.jsonl]", f"output={tmp_path}/answers", *sizes],
         ["medusa1", *train, f"output={tmp_path}/heads"],
-        ["medusa1", *train, f"output={tmp_path}/sequential", "sequential=true", "shared_lm_head=false"],
+        ["medusa1", *train, f"output={tmp_path}/sequential", "sequential=true", "soft=0", "shared_lm_head=false"],
         ["medusa2", *train, f"output={tmp_path}/medusa2", "learning_rate=5e-4", "heads_lr_multiple=20"],
         [*search, f"heads={tmp_path}/heads"],
         [*search, f"heads={tmp_path}/sequential"],
         [*evaluate, f"heads={tmp_path}/heads", f"output={tmp_path}/heads.json", "dtype=float32", "transformers=1"],
         [*evaluate, f"heads={tmp_path}/heads", f"output={tmp_path}/dynamic.json", "dtype=float32", "tree=dynamic"],
         [*evaluate, f"heads={tmp_path}/sequential", f"output={tmp_path}/sequential.json", "dtype=float32"],
+        [*evaluate, f"heads={tmp_path}/sequential", f"output={tmp_path}/both.json", "dtype=float32", "tree=dynamic"],
     ):
         done = subprocess.run(
             [sys.executable, "-m", "medusa_kernels.training", *arguments], capture_output=True, text=True
         )
         assert done.returncode == 0, f"{arguments}: {done.stderr[-3000:]}"
-    for name in ("heads", "dynamic", "sequential"):
+    for name in ("heads", "dynamic", "sequential", "both"):
         out = json.loads((tmp_path / f"{name}.json").read_text())["all"]
         assert out["identical"] == out["answers"] == 16 and out["medusa"]["tokens_per_step"] > 1.5
     perplexities = json.loads((tmp_path / "medusa2" / "metrics.json").read_text())["perplexity"]
@@ -344,6 +377,25 @@ def test_resumed_equals_uninterrupted(work, answers, tmp_path, stage):
     files = ["medusa_heads.safetensors"] + (["model/model.safetensors"] if stage == "medusa2" else [])
     for name in files:
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_training_by_the_clock(work, answers, tmp_path):
+    """The rates follow the clock and have fallen when it ends; what is done is not gone on with."""
+    arguments = train_arguments(work, "medusa1", tmp_path, "epochs=1000", "seconds=2")
+    assert main([*arguments, "max_seconds=0.5"]) == OUT_OF_TIME
+    assert main(arguments) == 0
+    log = log_of(tmp_path)
+    rates = [row["learning_rates"][0] for row in log]
+    assert 2 < len(log) < log[-1]["of"] and max(rates) > 5e-3 and rates[-1] < 1e-3
+    assert main(arguments) == 0
+    assert log_of(tmp_path) == log
+
+
+def test_heads_that_do_not_see_the_root(work, answers, heads, tmp_path):
+    assert main(train_arguments(work, "medusa1", tmp_path, "sees_root=false")) == 0
+    last, roots = (np.mean([row["loss"] for row in log_of(folder)[-3:]]) for folder in (tmp_path, heads))
+    assert not (MedusaHeads.from_pretrained(tmp_path, load_model(str(work / "model"))[0])).sees_root
+    assert last < 0.6 * log_of(tmp_path)[0]["loss"] and roots < last
 
 
 def test_medusa2_learns_and_keeps_the_model(work, answers, heads, tmp_path):
@@ -391,12 +443,14 @@ def test_medusa2_loss(work, answers):
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     batch = answers.batch(np.arange(5), 3)
-    objective = Medusa2(adapted, heads, 0.8, 0.2, stage1=0.3)
+    objective = Medusa2(adapted, heads, 0.8, 0.2, stage1=0.3, soft=0.5)
     out = objective(*batch, 0.3)
     p, q = (m(batch.ids).logits.flatten(0, 1)[batch.at].softmax(-1).detach() for m in (original, adapted))
     torch.testing.assert_close(out["kl"], (p * (p.log() - q.log())).sum(-1).mean(), rtol=1e-4, atol=1e-6)
-    hidden = medusa1.last_hidden(model, batch.ids, batch.at).detach()
-    torch.testing.assert_close(out["loss"].detach(), out["kl"] + 0.2 * heads_loss(heads, hidden, batch.labels, 0.8)[0])
+    hidden, teacher = (medusa1.last_hidden(m, batch.ids, batch.at).detach() for m in (model, original))
+    teacher = teachers_rows(teacher, original.lm_head.weight, batch.labels[0])  # the original is the heads' teacher too
+    want = heads_loss(heads, hidden, batch.labels, 0.8, teacher, 0.5)[0]
+    torch.testing.assert_close(out["loss"].detach(), out["kl"] + 0.2 * want)
     out["loss"].backward()
     grads = {name for name, p in objective.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert {"heads.weight", "heads.bias"} < grads and all("lora" in name for name in grads if "heads" not in name)
@@ -417,9 +471,10 @@ def test_sequential_heads_learn_more(work, answers, heads, tmp_path):
     drafter = load_drafter(tmp_path, model)
     assert isinstance(drafter, SequentialDrafter) and isinstance(drafter.heads, SequentialHeads)
     prompts = [answers.sequence(i)[: answers.answers[i]] for i in answers.split(24, 0)[1][:6]]
-    got = TreeDecoder(model, drafter).generate(prompts, 32)
-    assert got.tokens == TreeDecoder(model, NoDrafter()).generate(prompts, 32).tokens
-    assert got.stats.tokens_per_step > 1.5
+    want = TreeDecoder(model, NoDrafter()).generate(prompts, 32).tokens
+    for each in (drafter, DynamicSequentialDrafter(drafter.heads, num_nodes=16, top_k=5)):
+        got = TreeDecoder(model, each).generate(prompts, 32)
+        assert got.tokens == want and got.stats.tokens_per_step > 1.5
 
 
 def test_training_goes_on_from_given_heads(work, answers, heads, tmp_path, capsys):
@@ -514,6 +569,9 @@ def test_searched_tree(work, heads, tmp_path):
     saved = json.loads((heads / "tree.json").read_text())
     assert load_tree(heads).size == 16 == saved["num_nodes"] and len(saved["choices"]) == 15
     assert saved["tokens_per_step"]["joint"] > 1.5
+    by_size = list(saved["tokens_per_step_by_num_nodes"].values())
+    assert len(by_size) == 4 and by_size == sorted(by_size) and by_size[-1] == saved["tokens_per_step"]["joint"]
+    assert [load_tree(heads, size).size for size in range(1, 17)] == list(range(1, 17))
     shutil.copytree(heads, tmp_path / "heads")
     arguments = ["search", *ON_CPU, f"model={work}/model", f"data={work}/answers", f"heads={tmp_path}/heads"]
     assert main([*arguments, "holdout=24", "num_nodes=16", "top_k=5", "method=independent"]) == 0
@@ -541,6 +599,18 @@ def test_evaluation(work, heads, tmp_path, capsys, batch_size, tree):
     assert "max_cache_len: no prompt fits" in capsys.readouterr().err
 
 
+def test_demo_with_heads(work, heads, monkeypatch, capsys):
+    arguments = ["--model", f"{work}/model", "--device", "cpu", "--prompts", "2", "--max-new-tokens", "12"]
+    for more, source in (
+        (["--heads", str(heads)], "trees of 16 nodes from Medusa heads"),
+        ([], "trees of 16 nodes from n-gram look-up"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["demo", *arguments, *more])
+        assert demo.main() == 0
+        out = " ".join(capsys.readouterr().out.split())  # as wide as the terminal
+        assert source in out and "identical: yes (2 of 2)" in out
+
+
 def test_repeated_four_grams():
     assert repeated_four_grams([[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4], [1]]) == 1 / 6
 
@@ -554,7 +624,9 @@ def test_learning_rates():
 def test_config_files_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("data: [a, b]\noutput: out\nlearning_rate: 2e-4\nepochs: 3\ndevice: cpu\n")
-    config = load_config(Medusa1Config, path, ["epochs=4", "heads=null", "max_seconds=30", "shared_lm_head=false"])
+    config = load_config(
+        Medusa1Config, path, ["epochs=4", "heads=null", "max_seconds=30", "shared_lm_head=false", "soft=0"]
+    )
     assert (config.data, config.learning_rate, config.epochs, config.heads) == (["a", "b"], 2e-4, 4, None)
     assert (config.max_seconds, config.shared_lm_head, config.dtype) == (30.0, False, "float32")
     assert config.mixed_precision == "no"
@@ -577,6 +649,8 @@ def test_config_files_and_overrides(tmp_path):
         ("dtype=int8", "dtype: expected float32"),
         ("decay=0", "decay: expected more than 0"),
         ("warmup=1", "warmup: expected 0..1"),
+        ("soft=2", "soft: expected 0..1"),
+        ("shared_lm_head=false", "soft: expected 0 with shared_lm_head = false"),
         ("stage1=1", "stage1: expected 0..1"),
         ("mixed_precision=fp8", "mixed_precision: expected no, bf16 or auto"),
         ("dtype=bfloat16", "mixed_precision: expected bf16 with bfloat16"),

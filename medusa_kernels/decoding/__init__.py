@@ -3,7 +3,14 @@
 from .decoder import DecodeStats, Generation, TreeDecoder
 from .drafters import Drafter, DraftState, NgramDrafter, NoDrafter
 from .heads import MedusaHeads, SequentialHeads
-from .medusa import DynamicMedusaDrafter, MedusaDrafter, SequentialDrafter, load_drafter
+from .medusa import (
+    DynamicMedusaDrafter,
+    DynamicSequentialDrafter,
+    MedusaDrafter,
+    SequentialDrafter,
+    load_drafter,
+    shipped_heads,
+)
 from .models import load_model
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "DraftState",
     "Drafter",
     "DynamicMedusaDrafter",
+    "DynamicSequentialDrafter",
     "Generation",
     "MedusaDrafter",
     "MedusaHeads",
@@ -21,4 +29,5 @@ __all__ = [
     "TreeDecoder",
     "load_drafter",
     "load_model",
+    "shipped_heads",
 ]

@@ -24,15 +24,18 @@ class MedusaHeads(nn.Module):
     With `x` the last hidden state at position `t`, whose LM head predicts token `t + 1`, head `k` = 1, 2, ... predicts
     token `t + k + 1`. Blocks are zero at the start, so that an untrained head is the projection alone.
 
-    lm_head:  [V, D]: one projection for all heads, the model's own. It is referred to, not copied, not trained with
-              the heads and not saved; or [heads, V, D]: one for each head, a parameter
+    lm_head:    [V, D]: one projection for all heads, the model's own. It is referred to, not copied, not trained with
+                the heads and not saved; or [heads, V, D]: one for each head, a parameter
+    embedding:  None: heads as in the paper. [V, D], the model's input embedding, referred to likewise: the heads see
+                the root too, token `t + 1`, which is known before they draft and hard to read from `x`. Each head's
+                first block is then `x + SiLU(W x + U e + b)`, with `e` the root's normed embedding, `U` zero at first
 
-    Source: Medusa section 2.1 (arXiv 2401.10774).
+    Source: Medusa section 2.1 (arXiv 2401.10774); the root as an input is not in the paper.
     """
 
-    sequential = False  # whether a head sees the tokens before the one that it predicts
+    sequential = False  # whether a head sees all tokens before the one that it predicts
 
-    def __init__(self, num_heads: int, num_layers: int, lm_head: Tensor):
+    def __init__(self, num_heads: int, num_layers: int, lm_head: Tensor, embedding: Tensor | None = None):
         super().__init__()
         for name, value in (("num_heads", num_heads), ("num_layers", num_layers)):
             if value < 1:
@@ -49,44 +52,65 @@ class MedusaHeads(nn.Module):
             self._shared = (lm_head,)
         else:
             self.lm_head = nn.Parameter(lm_head.detach())
+        self._embedding: tuple[Tensor, ...] = ()
+        if embedding is not None:
+            if tuple(embedding.shape) != (self.vocab_size, self.hidden_size):
+                want, got = (self.vocab_size, self.hidden_size), tuple(embedding.shape)
+                raise ValueError(f"embedding: expected {want}, as the LM head, got {got}")
+            self.token_weight = nn.Parameter(torch.zeros_like(self.weight[0]))
+            self._embedding = (embedding,)
 
     @classmethod
     def from_model(
-        cls, model: PreTrainedModel, num_heads: int = 4, num_layers: int = 1, *, shared_lm_head: bool = True
+        cls,
+        model: PreTrainedModel,
+        num_heads: int = 4,
+        num_layers: int = 1,
+        *,
+        shared_lm_head: bool = True,
+        sees_root: bool = False,
     ) -> "MedusaHeads":
         """Untrained heads for `model`, with its LM head, or a copy of it for each head."""
-        lm_head = _lm_head_of(model)
+        lm_head = lm_head_of(model)
         if not shared_lm_head:
             lm_head = lm_head.detach().repeat(num_heads, 1, 1)
-        return cls._build(num_heads, num_layers, lm_head, model)
-
-    @classmethod
-    def _build(cls, num_heads: int, num_layers: int, lm_head: Tensor, model: PreTrainedModel | None) -> "MedusaHeads":
-        return cls(num_heads, num_layers, lm_head)
-
-    @classmethod
-    def _shapes(cls, num_heads: int, num_layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        return {"weight": (num_layers, num_heads, hidden, hidden), "bias": (num_layers, num_heads, hidden)}
+        return cls(num_heads, num_layers, lm_head, _embedding_of(model) if sees_root or cls.sequential else None)
 
     @property
     def shared_lm_head(self) -> bool:
         return bool(self._shared)
 
+    @property
+    def sees_root(self) -> bool:
+        return bool(self._embedding)
+
     def projection(self, head: int) -> Tensor:
         """[V, D]: the vocabulary projection of a head, counted from 0."""
         return self._shared[0] if self._shared else self.lm_head[head]
 
+    def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """[...] -> [..., D]: the tokens' embeddings, normed, as they come in sizes of their own."""
+        return F.rms_norm(F.embedding(tokens, self._embedding[0]), (self.hidden_size,)).to(dtype)
+
     def features(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """[N, D] -> [heads, N, D]: what the projections read. `tokens` [heads, N] as for `forward`."""
+        """[N, D] -> [heads, N, D]: what the projections read. `tokens` as for `forward`, but [heads, N]."""
         x = hidden.expand(self.num_heads, *hidden.shape)
-        for weight, bias in zip(self.weight, self.bias):
-            x = x + F.silu(torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2)))
+        for layer, (weight, bias) in enumerate(zip(self.weight, self.bias)):
+            z = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+            if layer == 0 and self.sees_root:
+                if tokens is None or tokens.shape[1:] != hidden.shape[:1]:
+                    want, got = (1, hidden.shape[0]), None if tokens is None else tuple(tokens.shape)
+                    raise ValueError(f"tokens: these heads need the root's, of shape {want}, got {got}")
+                root = self.embed(tokens[0], hidden.dtype)
+                z = z + torch.matmul(root, self.token_weight.transpose(1, 2))
+            x = x + F.silu(z)
         return x
 
     def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """[..., D], the last hidden state as the LM head reads it -> logits [heads, ..., V].
 
-        tokens:  [heads, ...] int64, for sequential heads: row k - 1 is the last token that head k sees, `t + k`
+        tokens:  [heads, ...] int64, for sequential heads: row k - 1 is the last token that head k sees, `t + k`. Row 0
+                 is the root, which is all that others need, if they see it
         """
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden: expected a last dimension of {self.hidden_size}, got {tuple(hidden.shape)}")
@@ -110,7 +134,7 @@ class MedusaHeads(nn.Module):
         config = {
             "medusa_num_heads": self.num_heads, "medusa_num_layers": self.num_layers, "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size, "shared_lm_head": self.shared_lm_head,
-            "sequential": self.sequential, "base_model_name_or_path": base_model,
+            "sequential": self.sequential, "sees_root": self.sees_root, "base_model_name_or_path": base_model,
         }  # fmt: skip
         part = folder / f"{WEIGHTS_NAME}.part"  # a run cut short leaves no half of a file under the name
         part.write_bytes(save({name: p.detach().contiguous().cpu() for name, p in self.named_parameters()}))
@@ -148,7 +172,7 @@ class MedusaHeads(nn.Module):
         else:
             raise ValueError(f"{folder}: expected {WEIGHTS_NAME} or {PUBLISHED_NAME}, found neither")
         if model is not None:
-            lm_head = _lm_head_of(model)
+            lm_head = lm_head_of(model)
             ours, theirs = (heads.vocab_size, heads.hidden_size), tuple(lm_head.shape)
             if ours != theirs:
                 raise ValueError(f"{folder}: heads for vocabulary and hidden size {ours}, the model has {theirs}")
@@ -166,22 +190,26 @@ class MedusaHeads(nn.Module):
             if type(config.get(key)) is not int:
                 raise ValueError(f"{path.parent / CONFIG_NAME}: {key}: expected an integer, got {config.get(key)!r}")
         hidden, vocab = config["hidden_size"], config["vocab_size"]
-        shapes = cls._shapes(num_heads, num_layers, hidden)
+        shapes = {"weight": (num_layers, num_heads, hidden, hidden), "bias": (num_layers, num_heads, hidden)}
+        sees_root = bool(cls.sequential or config.get("sees_root"))
+        if sees_root:
+            shapes["token_weight"] = (num_heads, hidden, hidden)
         if not config.get("shared_lm_head"):
             shapes["lm_head"] = (num_heads, vocab, hidden)
         _check_state(path, state, shapes)
-        if model is None and (cls.sequential or "lm_head" not in shapes):
-            raise ValueError(f"model: the heads in {path.parent} share the model's LM head, so it must be given")
+        if model is None and (sees_root or "lm_head" not in shapes):
+            shared = "embedding" if sees_root else "LM head"
+            raise ValueError(f"model: the heads in {path.parent} share the model's {shared}, so it must be given")
         if model is None or "lm_head" in shapes:
             lm_head = state["lm_head"]
         else:
-            lm_head = _lm_head_of(model)
+            lm_head = lm_head_of(model)
             if tuple(lm_head.shape) != (vocab, hidden):
                 got = tuple(lm_head.shape)
                 raise ValueError(
                     f"{path.parent}: heads for vocabulary and hidden size {(vocab, hidden)}, the model has {got}"
                 )
-        heads = cls._build(num_heads, num_layers, lm_head, model)
+        heads = cls(num_heads, num_layers, lm_head, _embedding_of(model) if sees_root and model is not None else None)
         heads.load_state_dict(state)
         return heads
 
@@ -228,38 +256,21 @@ class SequentialHeads(MedusaHeads):
     projection of `s_k` predicts token `t + k + 1`. So the first head sees the root, unlike Medusa's, and a node's
     children depend on the node.
 
-    embedding:  [V, D], the model's input embedding: referred to, neither trained with the heads nor saved
-
     Source: the idea of heads that depend on the draft so far is Hydra's (arXiv 2402.05109).
     """
 
     sequential = True
 
     def __init__(self, num_heads: int, num_layers: int, lm_head: Tensor, embedding: Tensor):
-        super().__init__(num_heads, num_layers, lm_head)
-        if tuple(embedding.shape) != (self.vocab_size, self.hidden_size):
-            want, got = (self.vocab_size, self.hidden_size), tuple(embedding.shape)
-            raise ValueError(f"embedding: expected {want}, as the LM head, got {got}")
-        self.token_weight = nn.Parameter(torch.zeros_like(self.weight[0]))
-        self._embedding = (embedding,)
-
-    @classmethod
-    def _build(cls, num_heads: int, num_layers: int, lm_head: Tensor, model: PreTrainedModel | None) -> "MedusaHeads":
-        assert model is not None
-        layer: Any = model.get_input_embeddings()
-        return cls(num_heads, num_layers, lm_head, layer.weight)
-
-    @classmethod
-    def _shapes(cls, num_heads: int, num_layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        return {**super()._shapes(num_heads, num_layers, hidden), "token_weight": (num_heads, hidden, hidden)}
+        super().__init__(num_heads, num_layers, lm_head, embedding)
 
     def step(self, head: int, state: Tensor, tokens: Tensor) -> Tensor:
         """State [..., D] before head `head`, counted from 0, and the token [...] after it -> state [..., D]."""
-        embedded = F.rms_norm(F.embedding(tokens, self._embedding[0]), (self.hidden_size,))
+        embedded = self.embed(tokens, state.dtype)
         for layer in range(self.num_layers):
             x = F.linear(state, self.weight[layer, head], self.bias[layer, head])
             if layer == 0:
-                x = x + F.linear(embedded.to(state.dtype), self.token_weight[head])
+                x = x + F.linear(embedded, self.token_weight[head])
             state = state + F.silu(x)
         return state
 
@@ -274,10 +285,15 @@ class SequentialHeads(MedusaHeads):
         return torch.stack(states)
 
 
-def _lm_head_of(model: PreTrainedModel) -> Tensor:
+def lm_head_of(model: PreTrainedModel) -> Tensor:
     layer: Any = model.get_output_embeddings()
     if layer is None or getattr(layer, "bias", None) is not None:
         raise ValueError(f"model: expected an LM head without bias, got {type(model).__name__} with {layer}")
+    return layer.weight
+
+
+def _embedding_of(model: PreTrainedModel) -> Tensor:
+    layer: Any = model.get_input_embeddings()
     return layer.weight
 
 

@@ -114,7 +114,11 @@ class TrainConfig(DataConfig):
     """output:         folder for the result, `log.jsonl` and the checkpoint, from which a run cut short goes on
     heads:             folder of heads to start from; None: new ones
     num_heads, num_layers, shared_lm_head: see `MedusaHeads`
-    sequential:        `SequentialHeads`: each sees the tokens before the one that it predicts
+    sees_root:         the heads see the token after the hidden state too, which is known when they draft
+    sequential:        `SequentialHeads`: each sees all tokens before the one that it predicts
+    soft:              share of the heads' target that is the model's own distribution; the rest is the token that came
+    seconds:           the most that training takes: the learning rates then follow the clock instead of the steps, so
+                       that they have fallen to 0 at its end, and no two runs are equal to the bit
     decay:             lambda: head k's loss has the weight lambda ** k
     warmup:            share of the steps in which the learning rate rises; it falls to 0 along a cosine
     mixed_precision:   "no" or "bf16", of what is trained; "auto": bf16 on a GPU
@@ -126,8 +130,11 @@ class TrainConfig(DataConfig):
     num_heads: int = 4
     num_layers: int = 1
     shared_lm_head: bool = True
+    sees_root: bool = True
     sequential: bool = False
+    soft: float = 0.5
     epochs: int = 2
+    seconds: float | None = None
     learning_rate: float = 1e-3
     warmup: float = 0.05
     decay: float = 0.8
@@ -145,6 +152,9 @@ class TrainConfig(DataConfig):
         self.check(
             "mixed_precision", self.mixed_precision == "bf16" or self.dtype == "float32", f"bf16 with {self.dtype}"
         )
+        self.check("soft", 0 <= self.soft <= 1, "0..1")
+        self.check("soft", self.shared_lm_head or self.soft == 0, "0 with shared_lm_head = false")
+        self.check("sees_root", self.sees_root or not self.sequential, "true with sequential = true")
         self.check("clip_norm", self.clip_norm > 0, "more than 0")
         self.check("warmup", 0 <= self.warmup < 1, "0..1")
         self.check("decay", 0 < self.decay <= 1, "more than 0, at most 1")
@@ -167,7 +177,7 @@ class Medusa2Config(TrainConfig):
 
     learning_rate: float = 2.5e-4
     heads_lr_multiple: float = 4.0
-    heads_weight: float = 0.2
+    heads_weight: float = 0.05
     stage1: float = 0.3
     lora_rank: int = 32
     lora_alpha: int = 64
@@ -238,7 +248,7 @@ _AT_LEAST = {
     **dict.fromkeys(("batch_size", "max_new_tokens", "samples", "max_prompt_tokens", "shard_size", "epochs"), 1),
     **dict.fromkeys(("num_heads", "num_layers", "save_every", "log_every", "lora_rank", "lora_alpha"), 1),
     **dict.fromkeys(("count", "limit", "top_k"), 1),
-    **dict.fromkeys(("temperature", "learning_rate", "heads_lr_multiple", "heads_weight", "max_seconds"), 0),
+    **dict.fromkeys(("temperature", "learning_rate", "heads_lr_multiple", "heads_weight", "max_seconds", "seconds"), 0),
     **dict.fromkeys(("holdout", "seed", "split_seed", "transformers"), 0),
     "max_length": 3, "num_nodes": 2,
 }  # fmt: skip

@@ -55,6 +55,17 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[str]) -> 
     return ids
 
 
+def _token_ids(value: Any, vocab_size: int) -> np.ndarray | None:
+    """A list of token ids as an array, None for anything else."""
+    try:
+        ids = np.asarray(value if value != [] else np.empty(0, dtype=np.int64))
+    except (ValueError, OverflowError):
+        return None
+    if ids.ndim != 1 or ids.dtype.kind != "i" or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
+        return None
+    return ids
+
+
 class Batch(NamedTuple):
     """ids:  [B, L] int64, padded on the right
     at:      [N] int64, positions, counted through `ids`, whose next token is part of an answer: where a decoder
@@ -79,10 +90,10 @@ class Answers:
     answers:  [sequences], where in its sequence the answer begins
     """
 
-    def __init__(self, sequences: Iterable[tuple[list[int], list[int]]], max_length: int):
+    def __init__(self, sequences: Iterable[tuple[Any, Any]], max_length: int):
         parts, lengths, answers = [], [], []
         for prompt, answer in sequences:
-            tokens = np.asarray((prompt + answer)[:max_length], dtype=np.int32)
+            tokens = np.concatenate([prompt, answer])[:max_length].astype(np.int32)
             if len(tokens) - len(prompt) >= 2:  # a head predicts the second token of an answer at the earliest
                 parts.append(tokens)
                 lengths.append(len(tokens))
@@ -97,21 +108,20 @@ class Answers:
     def read(cls, folders: Iterable[str | Path], max_length: int, vocab_size: int) -> "Answers":
         """All shards that `distill` wrote; ValueError, naming the file and line, for a row that is not of its make."""
 
-        def rows() -> Iterator[tuple[list[int], list[int]]]:
+        def rows() -> Iterator[tuple[Any, Any]]:
             for folder in folders:
-                shards = sorted(Path(folder).glob("shard-*.jsonl"))
+                shards = sorted(p for p in Path(folder).glob("shard-*") if p.name.endswith((".jsonl", ".jsonl.gz")))
                 if not shards:
-                    raise ValueError(f"data: no shard-*.jsonl in {folder}")
+                    raise ValueError(f"data: no shard-*.jsonl or .jsonl.gz in {folder}")
                 for shard in shards:
                     for number, row in enumerate(read_jsonl(shard), start=1):
-                        for key in ("prompt", "answer"):
-                            ids = row.get(key)
-                            good = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
-                            if not good or (key == "prompt" and not ids):
+                        prompt, answer = (_token_ids(row.get(key), vocab_size) for key in ("prompt", "answer"))
+                        for key, ids in (("prompt", prompt), ("answer", answer)):
+                            if ids is None or (key == "prompt" and not len(ids)):
                                 raise ValueError(
                                     f"{shard}, line {number}: {key}: expected token ids 0..{vocab_size - 1}"
                                 )
-                        yield row["prompt"], row["answer"]
+                        yield prompt, answer
 
         return cls(rows(), max_length)
 

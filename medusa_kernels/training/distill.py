@@ -1,9 +1,11 @@
 """The model's own prompts and answers, by batched plain decoding, in shards that a run cut short is resumed from."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
+import random
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,15 +21,17 @@ SETTINGS_NAME = "distill.json"
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    """JSONL, under its name only once it is whole."""
+    """JSONL, gzipped if the name ends in .gz, and under its name only once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    text = "".join(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows).encode()
+    part.write_bytes(gzip.compress(text, 4, mtime=0) if path.suffix == ".gz" else text)
     os.replace(part, path)
 
 
 def distill(config: DistillConfig) -> int:
-    """Write `shard-*.jsonl` with `prompt` and `answer`, token ids, until done or out of time. Returns shards missing.
+    """Write `shard-*.jsonl.gz` with `prompt` and `answer`, token ids, until done or out of time. Returns how many are
+    missing.
 
     Each process (`accelerate launch`) makes every so many-th shard.
     """
@@ -47,22 +51,22 @@ def distill(config: DistillConfig) -> int:
     with state.main_process_first():
         _same_settings(output, config, digest)
 
-    prompts = prompts * config.samples  # each prompt's second answer after all first ones
+    # Prompts of like length together, so that little of the prefill is padding; second answers after all first ones.
+    prompts = sorted(prompts, key=len) * config.samples
     shards = [prompts[i : i + config.shard_size] for i in range(0, len(prompts), config.shard_size)]
-    paths = [output / f"shard-{i:05d}.jsonl" for i in range(len(shards))]
+    paths = [output / f"shard-{i:05d}.jsonl.gz" for i in range(len(shards))]
     mine = [i for i in range(state.process_index, len(shards), state.num_processes) if not paths[i].is_file()]
+    random.Random(config.seed).shuffle(mine)  # what a run cut short has made is not of short prompts alone
     decoder = TreeDecoder(model, NoDrafter(), max_cache_len=longest + config.max_new_tokens + 1)
     tokens = 0
     with tqdm(total=sum(len(shards[i]) for i in mine), unit="answer", disable=not state.is_main_process) as progress:
         for i in mine:
-            rows: list[dict[str, list[int]]] = [{}] * len(shards[i])
-            by_length = sorted(range(len(shards[i])), key=lambda n: len(shards[i][n]))
-            for first in range(0, len(by_length), config.batch_size):
+            rows: list[dict[str, list[int]]] = []
+            for first in range(0, len(shards[i]), config.batch_size):
                 if config.max_seconds is not None and time.monotonic() - began > config.max_seconds:
                     break
-                places = by_length[first : first + config.batch_size]
-                batch = [shards[i][place] for place in places]
-                batch += batch[:1] * (config.batch_size - len(batch))  # one batch size, so one CUDA graph
+                asked = shards[i][first : first + config.batch_size]
+                batch = asked + asked[:1] * (config.batch_size - len(asked))  # one batch size, so one CUDA graph
                 options: dict[str, Any] = {"mode": "greedy"}
                 if config.temperature > 0:
                     options = {
@@ -70,10 +74,9 @@ def distill(config: DistillConfig) -> int:
                         "seed": _batch_seed(config.seed, i, first),
                     }  # fmt: skip
                 answers = decoder.generate(batch, config.max_new_tokens, **options).tokens
-                for place, answer in zip(places, answers):
-                    rows[place] = {"prompt": shards[i][place], "answer": answer}
-                    tokens += len(answer)
-                progress.update(len(places))
+                rows += [{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers)]
+                tokens += sum(map(len, answers[: len(asked)]))
+                progress.update(len(asked))
                 progress.set_postfix(tokens_per_s=round(tokens / (time.monotonic() - began)))
             else:
                 write_lines(paths[i], rows)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..decoding import Drafter, NoDrafter, TreeDecoder, load_model
-from ..decoding.heads import MedusaHeads
-from ..decoding.medusa import DynamicMedusaDrafter, load_drafter
+from ..decoding.heads import MedusaHeads, SequentialHeads
+from ..decoding.medusa import DynamicMedusaDrafter, DynamicSequentialDrafter, load_drafter
 from .config import EvaluateConfig
 from .data import chat_tokens, read_turns
 
@@ -30,6 +30,8 @@ class Tally:
     def report(self) -> dict[str, float]:
         return {
             "tokens_per_step": sum(self.gains) / max(len(self.gains), 1),
+            "tokens": sum(self.gains),
+            "request_steps": len(self.gains),
             "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
             "ms_per_step": 1e3 * self.seconds / max(self.steps, 1),
             "prefill_s": self.prefill_seconds,
@@ -53,7 +55,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if config.tree == "saved":
         drafter = load_drafter(config.heads, model)
     else:
-        drafter = DynamicMedusaDrafter(MedusaHeads.from_pretrained(config.heads, model), config.num_nodes)
+        heads = MedusaHeads.from_pretrained(config.heads, model)
+        if isinstance(heads, SequentialHeads):
+            drafter = DynamicSequentialDrafter(heads, config.num_nodes)
+        else:
+            drafter = DynamicMedusaDrafter(heads, config.num_nodes)
     rows = read_turns(config.prompts, config.limit)
     decoders = {
         name: TreeDecoder(model, each, max_cache_len=config.max_cache_len)
@@ -120,6 +126,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             out[name] = total.report()
         out["speedup"] = out["medusa"]["tokens_per_s"] / max(out["plain"]["tokens_per_s"], 1e-9)
         out["repeated_4gram_share"] = repeated_four_grams([a for c in categories for a in answers[c]])
+        out["four_grams"] = sum(max(len(a) - 3, 0) for c in categories for a in answers[c])
         out["answers"] = sum(len(same[c]) for c in categories)
         out["identical"] = sum(sum(same[c]) for c in categories)
         return out

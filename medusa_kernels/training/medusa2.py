@@ -15,11 +15,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..decoding import load_model
-from ..decoding.heads import MedusaHeads
+from ..decoding.heads import MedusaHeads, lm_head_of
 from .config import Medusa2Config
 from .data import Answers
-from .medusa1 import CHUNK, heads_loss, last_hidden
+from .medusa1 import CHUNK, heads_loss, last_hidden, teachers_rows
 from .trainer import Trainer, make_accelerator, make_heads, ramp_and_cosine
+
+MEASURED = 256  # held-out sequences whose perplexity is measured
 
 
 def _divergence(x: Tensor, original: Tensor, projection: Tensor) -> Tensor:
@@ -34,27 +36,30 @@ class Medusa2(nn.Module):
     stage1:      share of the steps in which the heads alone are trained
     """
 
-    def __init__(self, peft_model: Any, heads: MedusaHeads, decay: float, heads_weight: float, stage1: float):
+    def __init__(
+        self, peft_model: Any, heads: MedusaHeads, decay: float, heads_weight: float, stage1: float, soft: float
+    ):
         super().__init__()
         self.peft_model, self.heads = peft_model, heads
-        self.decay, self.heads_weight, self.stage1 = decay, heads_weight, stage1
+        self.decay, self.heads_weight, self.stage1, self.soft = decay, heads_weight, stage1, soft
 
     def forward(self, ids: Tensor, at: Tensor, labels: Tensor, done: float) -> dict[str, Tensor]:
         model = self.peft_model.get_base_model()
         with torch.no_grad(), self.peft_model.disable_adapter():
             original = last_hidden(model, ids, at)
+            teacher = teachers_rows(original, lm_head_of(model), labels[0]) if self.soft > 0 else None
         if done < self.stage1:
             # The adapter is still zero, so that the model says what the original says.
-            loss, each = heads_loss(self.heads, original, labels, self.decay)
+            loss, each = heads_loss(self.heads, original, labels, self.decay, teacher, self.soft)
             return {"loss": self.heads_weight * loss, "kl": torch.zeros_like(loss), **each}
         hidden = last_hidden(model, ids, at)
-        projection = model.get_output_embeddings().weight
+        projection = lm_head_of(model)
         parts = [
             checkpoint(_divergence, x, y, projection, use_reentrant=False, preserve_rng_state=False)
             for x, y in zip(hidden.split(CHUNK), original.split(CHUNK))
         ]
         kl = torch.stack(parts).sum() / len(at)
-        loss, each = heads_loss(self.heads, hidden, labels, self.decay)
+        loss, each = heads_loss(self.heads, hidden, labels, self.decay, teacher, self.soft)
         return {"loss": kl + self.heads_weight * loss, "kl": kl.detach(), **each}
 
 
@@ -94,14 +99,14 @@ def train_medusa2(config: Medusa2Config) -> bool:
         (list(heads.parameters()), ramp_and_cosine(heads_rate, 0.0, config.warmup)),
         (adapter, ramp_and_cosine(config.learning_rate, config.stage1, config.warmup)),
     ]
-    objective = Medusa2(peft_model, heads, config.decay, config.heads_weight, config.stage1)
+    objective = Medusa2(peft_model, heads, config.decay, config.heads_weight, config.stage1, config.soft)
     trainer = Trainer(config, accelerator, objective, groups, answers, train)
     if not trainer.run():
         return False
     if accelerator.is_main_process:
         folder = Path(config.output) / "model"
         peft_model.eval()
-        sequences = [answers.sequence(i) for i in held]
+        sequences = [answers.sequence(i) for i in held[:MEASURED]]
         with peft_model.disable_adapter():
             before = perplexity(peft_model.get_base_model(), sequences)
         merged = peft_model.merge_and_unload()

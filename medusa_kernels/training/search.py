@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,8 @@ def head_accuracies(ranks: Tensor, top_k: int) -> Tensor:
     return counts / (ranks >= 0).sum(0).clamp(min=1).unsqueeze(1)
 
 
-def joint_search(ranks: Tensor, top_k: int, num_nodes: int) -> TokenTree:
-    """The tree of the `num_nodes - 1` paths whose tokens were most often all right at once.
-
-    A path's share of positions is how much it adds to the tokens of a greedy step, and never more than its prefix's:
-    the most frequent paths are a tree, and the best one for these positions, with no assumption of independence.
-    """
+def path_counts(ranks: Tensor, top_k: int) -> Counter[tuple[int, ...]]:
+    """How often all tokens of a path were right at once, for each path that ever was."""
     counts: Counter[tuple[int, ...]] = Counter()
     for row in ranks.tolist():
         path: tuple[int, ...] = ()
@@ -62,7 +59,23 @@ def joint_search(ranks: Tensor, top_k: int, num_nodes: int) -> TokenTree:
                 break
             path = (*path, rank)
             counts[path] += 1
-    best = sorted(counts, key=lambda path: (-counts[path], len(path), path))[: num_nodes - 1]
+    return counts
+
+
+def best_first(paths: Iterable[tuple[int, ...]], counts: Counter[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The most frequent path first: a path is never more frequent than its prefix, so that any first part of the list
+    is a tree."""
+    return sorted(paths, key=lambda path: (-counts[path], len(path), path))
+
+
+def joint_search(ranks: Tensor, top_k: int, num_nodes: int) -> TokenTree:
+    """The tree of the `num_nodes - 1` paths whose tokens were most often all right at once.
+
+    A path's share of positions is how much it adds to the tokens of a greedy step, and never more than its prefix's:
+    the most frequent paths are a tree, and the best one for these positions, with no assumption of independence.
+    """
+    counts = path_counts(ranks, top_k)
+    best = best_first(counts, counts)[: num_nodes - 1]
     if len(best) < num_nodes - 1:
         raise ValueError(f"num_nodes: only {len(best)} paths were ever right, so at most {len(best) + 1}")
     return TokenTree.from_choices(best)
@@ -109,10 +122,16 @@ def search(config: SearchConfig) -> dict[str, Any]:
     trees = {"independent": TokenTree.search(accuracies, config.num_nodes)}
     if config.method == "joint":
         trees["joint"] = joint_search(chosen_on, config.top_k, config.num_nodes)
+    # In an order that allows a smaller tree to be cut from it (`load_tree`).
+    choices = best_first(map(tuple, tree_choices(trees[config.method])), path_counts(chosen_on, config.top_k))
+    sizes = [size for size in (2, 4, 8, 16, 32, 64, 128, 256) if size <= config.num_nodes]
     result = {
         "method": config.method,
         "num_nodes": config.num_nodes,
-        "choices": tree_choices(trees[config.method]),
+        "choices": choices,
+        "tokens_per_step_by_num_nodes": {
+            size: tokens_per_step(measured_on, TokenTree.from_choices(choices[: size - 1])) for size in sizes
+        },
         "tokens_per_step": {name: tokens_per_step(measured_on, tree) for name, tree in trees.items()},
         "head_accuracies": head_accuracies(measured_on, config.top_k).tolist(),
         "positions": len(measured_on),

@@ -35,10 +35,12 @@ def make_heads(config: TrainConfig, model: PreTrainedModel) -> MedusaHeads:
     """New heads, or those to start from, with float32 parameters, as the optimiser needs them."""
     if config.heads is None:
         kind = SequentialHeads if config.sequential else MedusaHeads
-        heads = kind.from_model(model, config.num_heads, config.num_layers, shared_lm_head=config.shared_lm_head)
+        heads = kind.from_model(
+            model, config.num_heads, config.num_layers, shared_lm_head=config.shared_lm_head, sees_root=config.sees_root
+        )
     else:
         heads = MedusaHeads.from_pretrained(config.heads, model)
-        for key in ("num_heads", "num_layers", "shared_lm_head", "sequential"):
+        for key in ("num_heads", "num_layers", "shared_lm_head", "sees_root", "sequential"):
             if getattr(heads, key) != getattr(config, key):
                 raise ValueError(f"{key}: {config.heads} has {getattr(heads, key)}, the config {getattr(config, key)}")
     return heads.float().requires_grad_(True).train()
@@ -76,12 +78,18 @@ class Trainer:
         """Train to the end, from the checkpoint if there is one. False: stopped before the end, out of time."""
         config, accelerator = self.config, self.accelerator
         began = time.monotonic()
-        start = self._load()
+        start, self.spent = self._load()
+        before = self.spent
+        if start and config.seconds is not None and self._same_everywhere(before) >= config.seconds:
+            return True
         parameters = list(self.trained.values())
         main = accelerator.is_main_process
         with tqdm(total=self.steps, initial=start, unit="step", disable=not main) as progress:
             for step in range(start, self.steps):
                 done = (step + 0.5) / self.steps  # so that neither the first step nor the last has a rate of 0
+                self.spent = before + time.monotonic() - began
+                if config.seconds is not None:
+                    done = max(done, self._same_everywhere(self.spent) / config.seconds)
                 # Dropout's numbers follow from the step: nothing to keep in a checkpoint.
                 torch.manual_seed((config.seed * self.steps + step) * accelerator.num_processes
                                   + accelerator.process_index)  # fmt: skip
@@ -94,18 +102,25 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 progress.update()
-                last = step + 1 == self.steps
+                last = step + 1 == self.steps or done >= 1
                 if step % config.log_every == 0 or last:
                     self._log(step, losses, norm, progress)
-                late = config.max_seconds is not None and time.monotonic() - began > config.max_seconds
-                if accelerator.num_processes > 1 and config.max_seconds is not None:
-                    flag = torch.tensor(int(late), device=accelerator.device)
-                    late = bool(accelerator.reduce(flag, "sum"))
+                late = False
+                if config.max_seconds is not None:
+                    late = self._same_everywhere(time.monotonic() - began) > config.max_seconds
                 if last or late or (step + 1) % config.save_every == 0:
                     self._save(step + 1)
-                if late and not last:
+                if last:
+                    return True
+                if late:
                     return False
         return True
+
+    def _same_everywhere(self, seconds: float) -> float:
+        """All processes must take the same turn."""
+        if self.accelerator.num_processes == 1:
+            return seconds
+        return float(self.accelerator.reduce(torch.tensor(seconds, device=self.accelerator.device), "mean"))
 
     def _plan(self, epoch: int) -> list[Any]:
         size = self.config.batch_size * self.accelerator.num_processes
@@ -145,6 +160,7 @@ class Trainer:
         self.output.mkdir(parents=True, exist_ok=True)
         state = {
             "step": step,
+            "spent": self.spent,
             "settings": json.dumps(self._settings()),
             "parameters": {name: p.detach() for name, p in self.trained.items()},
             "optimizer": self.optimizer.optimizer.state_dict(),
@@ -153,15 +169,15 @@ class Trainer:
         torch.save(state, part)
         os.replace(part, self.output / CHECKPOINT_NAME)
 
-    def _load(self) -> int:
-        """The step to go on from: 0 without a checkpoint."""
+    def _load(self) -> tuple[int, float]:
+        """The step to go on from and the seconds spent so far: 0 without a checkpoint."""
         path = self.output / CHECKPOINT_NAME
         if not path.exists():
-            return 0
+            return 0, 0.0
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             before, step = json.loads(state["settings"]), state["step"]
-            parameters, optimizer = state["parameters"], state["optimizer"]
+            parameters, optimizer, spent = state["parameters"], state["optimizer"], float(state["spent"])
         except Exception as error:  # a broken file can raise almost anything in the unpickler
             raise ValueError(f"{path}: not readable as a checkpoint, remove it to start anew: {error!r:.300}") from None
         for key, value in self._settings().items():
@@ -178,7 +194,7 @@ class Trainer:
             # What came after the checkpoint is done again, and logged again.
             lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] < step]
             log.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        return step
+        return step, spent
 
 
 def ramp_and_cosine(peak: float, start: float, warmup: float) -> Any:
