@@ -41,8 +41,8 @@ SHAPES = [
     (1, 4, 8, 4096, 128), (64, 1, 32, 4096, 128), (64, 4, 8, 8192, 128), (64, 4, 64, 4096, 128), (64, 3, 3, 1024, 64),
     (64, 7, 4, 4096, 128), (26, 1, 32, 2048, 80), (64, 4, 8, 4096, 96), (64, 2, 8, 4096, 256),
 ]  # fmt: skip
-ALL = {"PAGED", "APPEND", "HAS_NUM_NODES", "HAS_WINDOW", "SOFTCAP", "HAS_SINKS", "HAS_LSE"}
-USUAL = {"PAGED", "APPEND", "HAS_NUM_NODES"}
+ALL = {"BLOCK_SIZE", "APPEND", "HAS_NUM_NODES", "HAS_WINDOW", "SOFTCAP", "HAS_SINKS", "HAS_LSE"}
+USUAL = {"BLOCK_SIZE", "APPEND", "HAS_NUM_NODES"}
 VARIANTS = [
     *((shape, "bf16", "bf16", USUAL) for shape in SHAPES),
     *((SHAPES[i], "bf16", "bf16", set()) for i in (1, 2, 3)),
@@ -53,13 +53,19 @@ VARIANTS = [
 ]
 NEEDS = {
     "APPEND": ("new_k_ptr", "new_v_ptr"), "HAS_WINDOW": ("depths_ptr",), "HAS_NUM_NODES": ("num_nodes_ptr",),
-    "PAGED": ("block_table_ptr",), "HAS_SINKS": ("sinks_ptr",), "HAS_SCALES": ("k_scale_ptr", "v_scale_ptr"),
+    "BLOCK_SIZE": ("block_table_ptr",), "HAS_SINKS": ("sinks_ptr",), "HAS_SCALES": ("k_scale_ptr", "v_scale_ptr"),
     "HAS_LSE": ("lse_ptr",),
 }  # fmt: skip
+
 # Bytes of stack: a scalar or two that outlive the loops are no spill of a tile. More is accepted where all options come
 # together without wgmma, and for fp32, which exists to compare texts.
 STACK = 16
 SPILLS = {(80, "all"): 96, (80, "fp32"): 256, (90, "fp32"): 256, (100, "fp32"): 256}
+
+
+def with_values(flags):
+    """Constants of a kernel with these options: caches are in blocks of 16, or contiguous."""
+    return {name: name in flags for name in ALL | {"HAS_SCALES"}} | {"BLOCK_SIZE": 16 * ("BLOCK_SIZE" in flags)}
 
 
 def specialise(kernel, constants, pointers, descriptors):
@@ -127,7 +133,7 @@ def test_invariant_compiles(arch, shape, dtype, cache, flags):
         pytest.skip("no e4m3 in sm_80's Triton")
     _, group, _, _, head_dim = shape
     config = invariant.tile_config(head_dim, DTYPES[dtype], arch)
-    constants = {name: name in flags for name in ALL | {"HAS_SCALES"}} | {
+    constants = with_values(flags) | {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "TILES": invariant.CHUNK // config.block_n, "UPCAST": False,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
@@ -159,8 +165,7 @@ def build(arch, shape, dtype, cache, flags):
     nodes, group, heads, slots, head_dim = shape
     config = kernels.tile_config(nodes * group, head_dim, heads, slots, DTYPES[dtype], SMS[arch], arch)
     split = config.num_splits > 1
-    booleans = ALL | {"HAS_SCALES"}
-    constants = {name: name in flags for name in booleans} | {
+    constants = with_values(flags) | {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "SPLIT": split, "UPCAST": False,
         "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",

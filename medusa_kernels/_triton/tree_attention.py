@@ -65,15 +65,15 @@ def _lengths(cache_seqlens_ptr, num_nodes_ptr, batch, num_nodes, capacity, HAS_N
 
 @triton.jit
 def _row_starts(
-    slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-    stride_kb, stride_ks, stride_vb, stride_vs, PAGED: tl.constexpr,
+    slots, batch, capacity, block_table_ptr, stride_table, num_blocks,
+    stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """[N] int64 each: where the rows of these slots start in the K and in the V cache."""
-    if PAGED:
+    """[N] int64 each: where the rows of these slots start in the K and in the V cache, paged with a BLOCK_SIZE."""
+    if BLOCK_SIZE:
         slots = tl.minimum(slots, capacity - 1)
-        block = tl.load(block_table_ptr + batch * stride_table + slots // block_size)
+        block = tl.load(block_table_ptr + batch * stride_table + slots // BLOCK_SIZE)
         block = tl.minimum(tl.maximum(block, 0), num_blocks - 1).to(tl.int64)
-        inside = (slots % block_size).to(tl.int64)
+        inside = (slots % BLOCK_SIZE).to(tl.int64)
     else:
         block = batch
         inside = slots.to(tl.int64)
@@ -191,7 +191,7 @@ def _merge_rows(
 @triton.jit
 def tree_attention_kernel(
     q_ptr,  # [B, T, H, D]
-    k_ptr, v_ptr,  # cache: [B, S, Hkv, D] or [num_blocks, block_size, Hkv, D]
+    k_ptr, v_ptr,  # cache: [B, S, Hkv, D] or [num_blocks, BLOCK_SIZE, Hkv, D]
     new_k_ptr, new_v_ptr,  # [B, T, Hkv, D], written to the tree's slots
     mask_ptr,  # [T, words] or [B, T, words] int64; bit j: the row's node attends to node j
     depths_ptr,  # [T] or [B, T] int32, read with a window only
@@ -212,11 +212,11 @@ def tree_attention_kernel(
     stride_mb, stride_db, stride_table,
     stride_ob, stride_ot, stride_oh,
     stride_scale,
-    num_nodes, heads_kv, capacity, num_blocks, block_size, words, window, num_splits, min_tiles,
+    num_nodes, heads_kv, capacity, num_blocks, words, window, num_splits, min_tiles,
     qk_scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
-    PAGED: tl.constexpr, APPEND: tl.constexpr, HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, APPEND: tl.constexpr, HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_SCALES: tl.constexpr, HAS_LSE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -278,24 +278,24 @@ def tree_attention_kernel(
     if HAS_WINDOW:
         for tile in range(lo, tl.minimum(tl.minimum(open_tile, whole), hi)):
             slots = tile * BLOCK_N + offs_n
-            at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-                                     stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+            at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                     stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
             k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
             v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
             seen = slots[None, :] > (length + depth - window)[:, None]
             acc, m, norm = _attend(q, k, v, acc, m, norm, seen, qk_scale, softcap, True, SOFTCAP, UPCAST, PRECISION)
     for tile in range(tl.maximum(lo, open_tile), tl.minimum(whole, hi)):
         slots = tile * BLOCK_N + offs_n
-        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                 stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
         k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
         v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
         acc, m, norm = _attend(q, k, v, acc, m, norm, None, qk_scale, softcap, False, SOFTCAP, UPCAST, PRECISION)
     if (whole < prefix_tiles) & (lo <= whole) & (whole < hi):
         slots = whole * BLOCK_N + offs_n
         slot_ok = slots < length
-        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                 stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
         k = tl.load(k_base + at_k[:, None], mask=slot_ok[:, None] & dim_ok[None, :], other=0.0)
         v = tl.load(v_base + at_v[:, None], mask=slot_ok[:, None] & dim_ok[None, :], other=0.0)
         seen = slot_ok[None, :] & row_ok[:, None]
@@ -319,7 +319,7 @@ def tree_attention_kernel(
             v = _to_cache(v, v_scale, v_ptr.dtype.element_ty, HAS_SCALES)
         else:
             at_k, at_v = _row_starts(length + column, batch, capacity, block_table_ptr, stride_table, num_blocks,
-                                     block_size, stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+                                     stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
             k = tl.load(k_base + at_k[:, None], mask=kv_ok, other=0.0)
             v = tl.load(v_base + at_v[:, None], mask=kv_ok, other=0.0)
         word = tl.load(mask_ptr + batch * stride_mb + node * words + start // 64, mask=row_real, other=0)
@@ -340,7 +340,7 @@ def tree_attention_kernel(
             k = tl.load(new_k_base + at_new_k[:, None], mask=kv_ok, other=0.0)
             v = tl.load(new_v_base + at_new_v[:, None], mask=kv_ok, other=0.0)
             at_k, at_v = _row_starts(length + column, batch, capacity, block_table_ptr, stride_table, num_blocks,
-                                     block_size, stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+                                     stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
             tl.store(k_base + at_k[:, None], _to_cache(k, k_scale, k_ptr.dtype.element_ty, HAS_SCALES), mask=kv_ok)
             tl.store(v_base + at_v[:, None], _to_cache(v, v_scale, v_ptr.dtype.element_ty, HAS_SCALES), mask=kv_ok)
 
@@ -472,11 +472,11 @@ def tree_attention(
         block_table.stride(0) if paged else 0,
         out.stride(0), out.stride(1), out.stride(2),
         1 if k_scale is not None and k_scale.numel() > 1 else 0,
-        size, heads_kv, capacity, k_cache.shape[0], k_cache.shape[1], packed_mask.shape[-1], window, config.num_splits,
+        size, heads_kv, capacity, k_cache.shape[0], packed_mask.shape[-1], window, config.num_splits,
         config.min_tiles, softmax_scale * 1.4426950408889634, softcap,
         GROUP=group, HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, SPLIT=partial is not None,
-        PAGED=paged, APPEND=k is not None,
+        BLOCK_SIZE=k_cache.shape[1] if paged else 0, APPEND=k is not None,
         SOFTCAP=softcap > 0, HAS_SCALES=k_scale is not None, UPCAST=upcast,
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps, num_stages=config.num_stages,

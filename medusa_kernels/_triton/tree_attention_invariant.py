@@ -94,10 +94,11 @@ def prefix_kernel(
     stride_nkb, stride_nkt, stride_nkh,
     stride_nvb, stride_nvt, stride_nvh,
     stride_db, stride_table, stride_scale,
-    num_nodes, heads_kv, capacity, num_blocks, block_size, window, chunks, qk_scale, softcap,
+    num_nodes, heads_kv, capacity, num_blocks, window, chunks, qk_scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, PAGED: tl.constexpr, APPEND: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr,
-    HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr, APPEND: tl.constexpr, SOFTCAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr, HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows over one chunk's tiles of committed tokens; writes the tree's K and V to the cache."""
     block_m = tl.program_id(0)
@@ -125,7 +126,7 @@ def prefix_kernel(
             k = tl.load(new_k_ptr + head_kv * stride_nkh + at_new_k[:, None] + offs_d[None, :], mask=ok, other=0.0)
             v = tl.load(new_v_ptr + head_kv * stride_nvh + at_new_v[:, None] + offs_d[None, :], mask=ok, other=0.0)
             at_k, at_v = _row_starts(length + column, batch, capacity, block_table_ptr, stride_table, num_blocks,
-                                     block_size, stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+                                     stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
             tl.store(k_base + at_k[:, None], _to_cache(k, k_scale, k_ptr.dtype.element_ty, HAS_SCALES), mask=ok)
             tl.store(v_base + at_v[:, None], _to_cache(v, v_scale, v_ptr.dtype.element_ty, HAS_SCALES), mask=ok)
 
@@ -148,8 +149,8 @@ def prefix_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for tile in range(lo, hi):
         slots = tile * BLOCK_N + offs_n
-        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-                                 stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+        at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                 stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
         k = tl.load(k_base + at_k[:, None], mask=dim_ok[None, :], other=0.0)
         v = tl.load(v_base + at_v[:, None], mask=dim_ok[None, :], other=0.0)
         seen = slots[None, :] > (length + depth - window)[:, None]
@@ -169,9 +170,9 @@ def tail_kernel(
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_mb, stride_table, stride_ob, stride_ot, stride_oh, stride_scale,
-    num_nodes, heads_kv, capacity, num_blocks, block_size, words, window, chunks, qk_scale, softcap,
+    num_nodes, heads_kv, capacity, num_blocks, words, window, chunks, qk_scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TILES: tl.constexpr, PAGED: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_SCALES: tl.constexpr,
     HAS_NUM_NODES: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -231,8 +232,8 @@ def tail_kernel(
             seen = key <= position
             if HAS_WINDOW:
                 seen &= key > position - window
-            at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks, block_size,
-                                     stride_kb, stride_ks, stride_vb, stride_vs, PAGED)  # fmt: skip
+            at_k, at_v = _row_starts(slots, batch, capacity, block_table_ptr, stride_table, num_blocks,
+                                     stride_kb, stride_ks, stride_vb, stride_vs, BLOCK_SIZE)  # fmt: skip
             k = tl.load(k_base + at_k[:, None], mask=seen[:, None] & dim_ok[None, :], other=0.0)
             v = tl.load(v_base + at_v[:, None], mask=seen[:, None] & dim_ok[None, :], other=0.0)
             acc, m, norm = _step(
@@ -283,11 +284,12 @@ def tree_attention(
     cache_strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
     stride_table = block_table.stride(0) if paged else 0
     stride_scale = 1 if k_scale is not None and k_scale.numel() > 1 else 0
-    sizes = (size, heads_kv, capacity, k_cache.shape[0], k_cache.shape[1])
+    sizes = (size, heads_kv, capacity, k_cache.shape[0])
     scales = (softmax_scale * 1.4426950408889634, softcap)
     common = {
         "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": CHUNK // config.block_n, "PAGED": paged,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "TILES": CHUNK // config.block_n,
+        "BLOCK_SIZE": k_cache.shape[1] if paged else 0,
         "SOFTCAP": softcap > 0, "HAS_SCALES": k_scale is not None, "HAS_NUM_NODES": num_nodes is not None,
         "HAS_WINDOW": window > 0,
         "UPCAST": INTERPRET and q.dtype == torch.bfloat16,  # the interpreter multiplies the raw bits of bf16
