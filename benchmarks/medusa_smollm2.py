@@ -274,8 +274,9 @@ class Run:
         import torch
 
         from medusa_kernels.decoding import NoDrafter, TreeDecoder, load_drafter, load_model
+        from medusa_kernels.decoding.models import chat_prompt
         from medusa_kernels.training.config import EvaluateConfig
-        from medusa_kernels.training.data import chat_tokens, read_turns
+        from medusa_kernels.training.data import read_turns
         from medusa_kernels.training.evaluate import evaluate
 
         if (self.work / f"timed_{name}.json").is_file():
@@ -298,7 +299,7 @@ class Run:
             str(self.of(name)), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )  # fmt: skip
-        prompt = chat_tokens(tokenizer, rows[0]["turns"][:1])
+        prompt = chat_prompt(tokenizer, rows[0]["turns"][0])
         result["phases_us"] = {}
         for kind, drafter in (("plain", NoDrafter()), ("medusa", load_drafter(self.work / name, model))):
             decoder = TreeDecoder(model, drafter, max_cache_len=1024)

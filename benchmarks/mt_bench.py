@@ -23,6 +23,7 @@ from rich.table import Table
 
 from medusa_kernels.decoding import NgramDrafter, TreeDecoder, load_model
 from medusa_kernels.decoding.models import SMOLLM2, chat_prompt
+from medusa_kernels.training.evaluate import repeated_four_grams
 
 
 def transformers_greedy(model, prompts: list[list[int]], max_new_tokens: int, eos: int) -> list[list[int]]:
@@ -35,16 +36,6 @@ def transformers_greedy(model, prompts: list[list[int]], max_new_tokens: int, eo
     )
     texts = out[:, width:].tolist()
     return [text[: text.index(eos) + 1] if eos in text else text for text in texts]
-
-
-def repeated_ngram_share(texts: list[list[int]], n: int = 4) -> float:
-    """Share of n-grams that occurred before in the same text."""
-    total = repeated = 0
-    for text in texts:
-        ngrams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
-        total += len(ngrams)
-        repeated += len(ngrams) - len(set(ngrams))
-    return repeated / max(total, 1)
 
 
 @torch.inference_mode()
@@ -126,7 +117,7 @@ def main() -> int:
             "identical": sum("divergence" not in row for row in group),
             "tokens": sum(len(row["got"]) for row in group),
             "steps": sum(1 + len(row["gains"]) for row in group),  # the one that gives the first token, too
-            "repeated_4gram_share": repeated_ngram_share([row["got"] for row in group]),
+            "repeated_4gram_share": repeated_four_grams([row["got"] for row in group]),
         }
         s["tokens_per_step"] = s["tokens"] / s["steps"]
         if name == "all":

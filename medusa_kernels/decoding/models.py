@@ -55,9 +55,9 @@ def load_model(
     return model.to(device).eval(), tokenizer
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, message: str) -> list[int]:
-    """Token ids of a user's message in the model's chat format, up to where the answer begins."""
-    chat = [{"role": "user", "content": message}]
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, *messages: str) -> list[int]:
+    """Token ids of a conversation, user first, in the model's chat format, up to where its next answer begins."""
+    chat = [{"role": ("user", "assistant")[i % 2], "content": message} for i, message in enumerate(messages)]
     ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     return ids
 

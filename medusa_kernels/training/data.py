@@ -3,14 +3,13 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -46,13 +45,6 @@ def read_turns(paths: Iterable[str | Path], limit: int | None = None) -> list[di
     if not rows:
         raise ValueError(f"prompts: no rows in {[str(path) for path in paths]}")
     return rows
-
-
-def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[str]) -> list[int]:
-    """Token ids of a conversation, user first, in the model's chat format, up to where its next answer begins."""
-    chat = [{"role": ("user", "assistant")[i % 2], "content": message} for i, message in enumerate(messages)]
-    ids: Any = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    return ids
 
 
 def _token_ids(value: Any, vocab_size: int) -> np.ndarray | None:

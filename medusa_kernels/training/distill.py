@@ -14,8 +14,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoding import NoDrafter, TreeDecoder, load_model
+from ..decoding.models import chat_prompt
 from .config import DistillConfig, PromptsConfig
-from .data import chat_tokens, read_turns
+from .data import read_turns
 
 SETTINGS_NAME = "distill.json"
 
@@ -41,7 +42,7 @@ def distill(config: DistillConfig) -> int:
     began = time.monotonic()
     state = PartialState(cpu=config.device == "cpu")
     model, tokenizer = load_model(config.model, dtype=config.torch_dtype, device=state.device)
-    prompts = [chat_tokens(tokenizer, row["turns"][:1]) for row in read_turns(config.prompts, config.limit)]
+    prompts = [chat_prompt(tokenizer, row["turns"][0]) for row in read_turns(config.prompts, config.limit)]
     longest = min(config.max_prompt_tokens, model.config.max_position_embeddings - config.max_new_tokens)
     prompts = [prompt for prompt in prompts if len(prompt) <= longest]
     if not prompts:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from ..decoding import Drafter, NoDrafter, TreeDecoder, load_model
 from ..decoding.heads import MedusaHeads, SequentialHeads
 from ..decoding.medusa import DynamicMedusaDrafter, DynamicSequentialDrafter, load_drafter
+from ..decoding.models import chat_prompt
 from .config import EvaluateConfig
-from .data import chat_tokens, read_turns
+from .data import read_turns
 
 
 @dataclass
@@ -89,7 +90,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for turn in range(len(group[0]["turns"])):
             for said, row in zip(messages, group):
                 said.append(row["turns"][turn])
-            prompts = [chat_tokens(tokenizer, said) for said in messages]
+            prompts = [chat_prompt(tokenizer, *said) for said in messages]
             if max(map(len, prompts)) > room:
                 left_out += len(group)
                 break
@@ -152,7 +153,7 @@ def _transformers(model: PreTrainedModel, tokenizer: Any, rows: list[dict[str, A
     included."""
     tokens, seconds = 0, 0.0
     for i, row in enumerate([rows[0], *rows]):  # the first one twice: to warm up
-        ids = torch.tensor([chat_tokens(tokenizer, row["turns"][:1])], device=model.device)
+        ids = torch.tensor([chat_prompt(tokenizer, row["turns"][0])], device=model.device)
         began = time.perf_counter()
         generate: Any = model.generate
         out = generate(
