@@ -35,14 +35,14 @@ aot: build
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(if $(READY),.venv/bin/)clang-format --dry-run -Werror csrc/* $(wildcard tests/*.cpp)
+	$(if $(READY),.venv/bin/)clang-format --dry-run -Werror csrc/* $(wildcard tests/*.cpp tests/cuda_on_cpu/*)
 	$(PY) -m mypy
 
 SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 
 sanitize: build
 	$(SANITIZER) --tool memcheck $(PY) tests/sanitize.py
-	$(SANITIZER) --tool racecheck $(PY) tests/sanitize.py --plain
+	$(SANITIZER) --tool racecheck $(PY) tests/sanitize.py
 	$(SANITIZER) --tool initcheck $(PY) tests/sanitize.py
 
 bench: build

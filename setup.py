@@ -32,6 +32,8 @@ TORCH_TARGET = "2.11"  # one binary serves this and every later torch
 MODE = os.environ.get("MEDUSA_KERNELS_BUILD", "auto")
 ARCHS = [a for a in os.environ.get("MEDUSA_KERNELS_CUDA_ARCHS", "80;90;100").split(";") if a]
 CXX = os.environ.get("CXX", "g++")
+if any(a.startswith("90") for a in ARCHS):  # Hopper alone has its instructions
+    CUDA_SOURCES.append("tree_attention_sm90.cu")
 
 
 def find_torch() -> Path | None:
@@ -120,6 +122,8 @@ def cpp_command(source: Path, output: Path) -> list[str]:
 def cuda_command(source: Path, output: Path) -> list[str]:
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
     code.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
+    if source.stem.endswith("_sm90"):
+        code = ["-gencode=arch=compute_90a,code=sm_90a"]
     flags = ["-std=c++20", "-O3", "-DUSE_CUDA", "-lineinfo", "--threads", "2", "-Xptxas", "-v"]
     host = ["-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
     return [NVCC, *flags, *host, *code, *torch_includes(), *compile_to(source, output)]

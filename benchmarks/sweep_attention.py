@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from run import choose_cases
 
-from medusa_kernels import attention
+from medusa_kernels import _sm90, attention
 from medusa_kernels._triton import tree_attention as kernels
 from medusa_kernels._triton.tree_attention import TileConfig
 
@@ -64,13 +64,13 @@ def variants(case: Case, num_sms: int, arch: int) -> list[TileConfig]:
 @contextmanager
 def forced(config: TileConfig):
     """Within this, `tree_attention` runs the plain kernel with these tiles."""
-    before = kernels.tile_config, attention._hopper_kernels
-    kernels.tile_config, attention._hopper_kernels = (lambda *_: config), (lambda: None)
+    before = kernels.tile_config, _sm90.prepare
+    kernels.tile_config, _sm90.prepare = (lambda *_: config), (lambda *_: None)
     attention._ready.clear()  # launches prepared with other tiles
     try:
         yield
     finally:
-        kernels.tile_config, attention._hopper_kernels = before
+        kernels.tile_config, _sm90.prepare = before
         attention._ready.clear()
 
 

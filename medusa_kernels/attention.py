@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from . import _sm90
 from ._checks import check_tensor, debug_enabled
 from .tree import TokenTree
 
@@ -257,6 +258,16 @@ def _launch(
     again = _ready.get(key)
     if again is not None and again(addresses):
         return
+    num_sms, arch = _sms_and_arch(q.device.index)
+    if arch == 90 and not batch_invariant:
+        again = _sm90.prepare(
+            q, k_cache, v_cache, k, v, packed_mask, block_table, sinks, k_scale, window, softcap, softmax_scale, out,
+            num_sms,
+        )  # fmt: skip
+        if again is not None:
+            again(addresses)
+            _remember(key, again)
+            return
     from ._triton.launch import Launcher
 
     launcher = Launcher(tensors)
@@ -271,7 +282,7 @@ def _launch_kernels(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
     softmax_scale, window, softcap, batch_invariant, out, lse, launcher,
 ) -> None:  # fmt: skip
-    """Choose the kernel and its tiles, by nothing but what is in `_signature`."""
+    """Choose the Triton kernel and its tiles, by nothing but what is in `_signature`."""
     from ._triton import tree_attention as kernels
 
     batch, size, heads, head_dim = q.shape
@@ -289,30 +300,10 @@ def _launch_kernels(
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     rows = size * heads // heads_kv
     config = kernels.tile_config(rows, head_dim, batch * heads_kv, capacity, q.itemsize, num_sms, arch)
-    if arch == 90 and config.block_m == 128:  # bound by arithmetic: Hopper's own kernel is up to 10% faster
-        hopper = _hopper_kernels()
-        if hopper and hopper.supports(q, k_cache, v_cache, k, v, block_table, sinks, k_scale, window, softcap):
-            hopper.tree_attention(
-                q, k_cache, v_cache, k, v, packed_mask, num_nodes, cache_seqlens, block_table, softmax_scale, out, lse,
-                config.num_splits, config.min_tiles, num_sms, launcher,
-            )  # fmt: skip
-            return
     kernels.tree_attention(
         q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
         softmax_scale, window, softcap, out, lse, config, launcher,
     )  # fmt: skip
-
-
-@lru_cache
-def _hopper_kernels():
-    """The module, or None with a Triton whose Gluon dialect, still experimental, is not the one it was written in."""
-    import triton
-
-    if not triton.__version__.startswith("3.6."):
-        return None
-    from ._triton import tree_attention_hopper
-
-    return tree_attention_hopper
 
 
 def _on_cpu(

@@ -1,24 +1,14 @@
 """A small run of each operator for compute-sanitizer: see `make sanitize`.
 
-    compute-sanitizer --tool memcheck python tests/sanitize.py
-    compute-sanitizer --tool racecheck python tests/sanitize.py --plain
-
-`--plain` leaves out Hopper's own attention kernel, of which racecheck reports a race that is none: it is in the code
-that Triton makes for warp specialisation. The worker warps read what to run (a byte of shared memory) between two
-`barrier.sync 1` of all threads; the first warps write it before the first barrier, and again only after the second.
+compute-sanitizer --tool memcheck python tests/sanitize.py
 """
-
-import sys
 
 import torch
 
 from medusa_kernels import TokenTree, accept_candidates, compact_kv_cache, tree_attention
-from medusa_kernels import attention as attention_module
 
 torch.manual_seed(0)
 device = "cuda"
-if "--plain" in sys.argv:
-    attention_module._hopper_kernels = lambda: None
 
 
 def attention(heads, heads_kv, head_dim, dtype, lengths, nodes, block_size=0, append=True, **options):

@@ -24,7 +24,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may opt in to
@@ -68,14 +67,14 @@ def with_values(flags):
     return {name: name in flags for name in ALL | {"HAS_SCALES"}} | {"BLOCK_SIZE": 16 * ("BLOCK_SIZE" in flags)}
 
 
-def specialise(kernel, constants, pointers, descriptors):
+def specialise(kernel, constants, pointers):
     """Signature and attributes of a usual launch: pointers and strides divisible by 16."""
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = descriptors.get(name) or ("*" + pointers[name] if name in pointers else "i32")
+        signature[name] = "*" + pointers[name] if name in pointers else "i32"
         if name in ("qk_scale", "softcap"):
             signature[name] = "fp32"
         if name in pointers or re.match(r"stride_(q|k|v|nk|nv|o)", name):
@@ -85,7 +84,7 @@ def specialise(kernel, constants, pointers, descriptors):
 
 def compile_for(arch, kernel, constants, pointers, absent, **options):
     constants = {**constants, **dict.fromkeys(absent)}
-    signature, attrs = specialise(kernel, constants, pointers, descriptors={})
+    signature, attrs = specialise(kernel, constants, pointers)
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -188,45 +187,6 @@ def build(arch, shape, dtype, cache, flags):
     return attention, merge
 
 
-gluon = pytest.mark.skipif(
-    not triton.__version__.startswith("3.6."), reason="the Gluon dialect is experimental: written in that of Triton 3.6"
-)
-
-
-# Scalars of the loop over work items and of the masked tiles, in bytes of stack; the loops over whole tiles keep theirs
-# in registers, but for the producer's with pages of 16.
-@gluon
-@pytest.mark.parametrize(
-    "head_dim, group, page, flags, stack",
-    [
-        (128, 4, 0, set(), 64),
-        (128, 8, 0, {"SPLIT"}, 64),
-        (64, 3, 0, {"SPLIT"}, 16),
-        (128, 4, 64, {"SPLIT", "HAS_NUM_NODES", "HAS_LSE"}, 64),
-        (128, 4, 0, {"APPEND", "HAS_NUM_NODES"}, 128),
-        (128, 4, 16, {"APPEND", "HAS_NUM_NODES"}, 192),
-    ],
-)
-def test_hopper_compiles(head_dim, group, page, flags, stack):
-    from medusa_kernels._triton import tree_attention_hopper as hopper
-
-    kernel = hopper.tree_attention_hopper_kernel
-    box = min(page or hopper.BLOCK_N, hopper.BLOCK_N)
-    constants = {
-        "GROUP": group, "HEAD_DIM": head_dim, "BLOCK_M": hopper.BLOCK_M, "BLOCK_N": hopper.BLOCK_N, "BOX": box,
-        "STAGES": hopper.NUM_STAGES, "PAGED": page > 0,
-        **{name: name in flags for name in ("SPLIT", "APPEND", "HAS_NUM_NODES", "HAS_LSE")},
-    }  # fmt: skip
-    pointers = {**POINTERS, **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "new_k_ptr", "new_v_ptr", "out_ptr"), "bf16")}
-    descriptor = f"tensordesc<bf16[1,1,{box},64],{hopper._box_layout()!r}>"
-    signature, attrs = specialise(kernel, constants, pointers, descriptors={"k_desc": descriptor, "v_desc": descriptor})
-    source = GluonASTSource(kernel, signature, constants, attrs)
-    options = {"num_warps": 4, "maxnreg": hopper._ENTRY_REGISTERS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    assert "wgmma.mma_async" in compiled.asm["ptx"] and "cp.async.bulk.tensor" in compiled.asm["ptx"]
-    check(compiled, 90, stack)
-
-
 class _Launches:
     """In place of a GPU: Triton's driver, that compiles for sm_90 and keeps what it is asked to launch."""
 
@@ -254,13 +214,10 @@ class _Launches:
 
         def run(x, y, z, stream, function, packed, launch_metadata, on_enter, on_exit, *args):
             assert len(args) == len(kinds)
-            values = [
-                x.data_ptr() if isinstance(x, torch.Tensor) else x.base.data_ptr() if hasattr(x, "base") else x
-                for x in args
-            ]
+            values = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
             # A constant is in the code: what is passed for it is never looked at.
             values = [None if kind == "constexpr" else value for kind, value in zip(kinds, values)]
-            pointers = [isinstance(kind, str) and kind[0] in "*t" for kind in kinds]
+            pointers = [isinstance(kind, str) and kind[0] == "*" for kind in kinds]
             self.made.append(((x, y, z), stream, function, packed, values, pointers))
 
         return run
@@ -273,8 +230,6 @@ def launches(monkeypatch):
     fake = _Launches()
     monkeypatch.setattr(driver, "_active", fake)
     used = [kernels.tree_attention_kernel, kernels.merge_kernel, invariant.prefix_kernel, invariant.tail_kernel]
-    if hopper := attention._hopper_kernels():
-        used.append(hopper.tree_attention_hopper_kernel)
     for kernel in used:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(attention, "_sms_and_arch", lambda device: (132, 90))

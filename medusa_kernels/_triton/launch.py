@@ -5,9 +5,8 @@ launches of one call that way and keeps what came of it; `Replay` makes them aga
 `Replay` must tell apart all that Triton specialises on: shapes, strides, dtypes, the device, addresses modulo 16.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from operator import itemgetter
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,16 +18,8 @@ from triton.runtime.driver import driver
 _KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)  # CompiledKernel.run has this form
 
 
-class OfAddress(NamedTuple):
-    """A kernel's argument made from a tensor's address."""
-
-    make: Callable[[int], Any]
-    tensor: Tensor
-
-
 def launch(kernel, grid: tuple[int, ...], *args, **constants):
     """Launch through Triton: run-time arguments by position, constants and options by name."""
-    args = tuple(a.make(a.tensor.data_ptr()) if isinstance(a, OfAddress) else a for a in args)
     return kernel[grid](*args, **constants)
 
 
@@ -63,10 +54,8 @@ class Replay:
             work = torch.empty(self.work_bytes, dtype=torch.uint8, device=self.device)
             addresses = [*addresses, work.data_ptr()]
         stream = self.get_stream(self.index)
-        for run, grid, function, metadata, constants, made, pick in self.steps:
-            values = [*addresses, *constants]
-            for make, source, offset in made:
-                values.append(make(addresses[source] + offset))
+        for run, grid, function, metadata, constants, inside, pick in self.steps:
+            values = [*addresses, *constants, *(addresses[source] + offset for source, offset in inside)]
             run(*grid, stream, function, metadata, None, None, None, *pick(values))
         return True
 
@@ -88,22 +77,22 @@ class Launcher:
         if not self._repeatable:
             return
         args += tuple(constants[name] for name in kernel.arg_names[len(args) :])
-        # Each argument's place among the addresses of the call's tensors and of the work, the constants and `made`.
+        # Each argument's place among the addresses of the call's tensors and of the work, the constants, and addresses
+        # inside of the work.
         fixed: list = []
-        made, places = [], []
+        inside, places = [], []
         for arg in args:
-            make, tensor = arg if isinstance(arg, OfAddress) else (int, arg)
-            if not isinstance(tensor, Tensor):
+            if not isinstance(arg, Tensor):
                 places.append(("fixed", len(fixed)))
                 fixed.append(arg)
                 continue
-            source, offset = self._find(tensor)
-            if make is int and offset == 0:
+            source, offset = self._find(arg)
+            if offset == 0:
                 places.append(("address", source))
             else:
-                places.append(("made", len(made)))
-                made.append((make, source, offset))
-        self._steps.append((compiled, (*grid, 1, 1)[:3], fixed, made, places))
+                places.append(("inside", len(inside)))
+                inside.append((source, offset))
+        self._steps.append((compiled, (*grid, 1, 1)[:3], fixed, inside, places))
 
     def _find(self, tensor: Tensor) -> tuple[int, int]:
         for i, x in enumerate(self.tensors):
@@ -121,9 +110,9 @@ class Launcher:
         work = self._work
         addresses = len(self.tensors) + (work is not None)
         steps = []
-        for compiled, grid, fixed, made, places in self._steps:
-            start = {"address": 0, "fixed": addresses, "made": addresses + len(fixed)}
+        for compiled, grid, fixed, inside, places in self._steps:
+            start = {"address": 0, "fixed": addresses, "inside": addresses + len(fixed)}
             pick = itemgetter(*(start[kind] + i for kind, i in places))
-            steps.append((compiled.run, grid, compiled.function, compiled.packed_metadata, fixed, made, pick))
+            steps.append((compiled.run, grid, compiled.function, compiled.packed_metadata, fixed, inside, pick))
         device = next(x.device for x in self.tensors if x is not None)
         return Replay(steps, 0 if work is None else work.untyped_storage().nbytes(), device)

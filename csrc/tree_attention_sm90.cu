@@ -1,0 +1,783 @@
+// Tree attention for Hopper: FlashAttention-3's structure (arXiv 2407.08608) with a tree's mask on
+// the last keys, and the splits of a long cache merged in the same launch.
+//
+// Rows are nodes times query heads of a KV head, row = node * group + head, so that K and V are
+// read once for the group. A block has one or two warpgroups that compute, each on 64 rows, and one
+// that fills a ring of tiles of 64 keys for them: by TMA while all of a tile's slots lie in the
+// cache, else by cp.async, which puts zeros in slots of nobody and takes appended rows from `k` and
+// `v`. Two blocks with rows of the same KV head form a pair (a cluster): each copies half of what
+// the TMA brings to both, as the L2 cannot feed all blocks with a copy of their own. Slots are one
+// sequence, committed tokens then nodes; a tile with nodes has a word of bits for each row, which
+// is the only mask there is.
+//
+// A warpgroup keeps Q in registers and takes the softmax of tile j while the tensor cores work on
+// the scores of tile j + 1 and on the probabilities of tile j - 1 with V. The maximum that a row's
+// exponents refer to moves only when it falls behind by more than 2^8 (FlashAttention-4), so the
+// accumulator is rescaled a few times in all; the result is the same, as its denominator has the
+// same reference.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <string>
+#include <type_traits>
+
+#include "arrivals.h"
+#include "tree_attention_sm90_args.h"
+#include "tree_attention_sm90_ptx.h"
+
+namespace medusa_kernels {
+namespace {
+
+using namespace sm90;
+
+constexpr int kGroupThreads = 128;  // of a warpgroup
+constexpr float kLazy = 8.0f;       // log2 of how far a reference may fall behind
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Blocks of a row block that have their part; 0 between launches.
+__device__ uint32_t split_arrivals[2 * kArrivals];
+
+constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
+constexpr int kHalfBytes = 128 * kKeys;  // 64 dims of a tile
+
+template <typename T_, int kDim_, int kGroups_>
+struct Config {
+    using T = T_;
+    static constexpr int kDim = kDim_;
+    static constexpr int kGroups = kGroups_;  // warpgroups that compute
+    static constexpr int kRows = 64 * kGroups;
+    static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+    // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
+    static constexpr int kBlocks = kGroups == 1 ? 2 : 1;
+    // A thread's, of 64 Ki; at entry all have as many. A producer with fewer would spill.
+    static constexpr int kConsumerRegisters = kGroups == 1 ? 208 : 224;
+    static constexpr int kProducerRegisters = kGroups == 1 ? 48 : 56;
+    static constexpr int kTileBytes = kKeys * kDim * 2;
+    static constexpr int kStages = (kGroups == 1 ? 3 : 6) * (kDim == 64 ? 2 : 1);
+    // Rows of results, padded so that a warp's stores meet no bank twice.
+    static constexpr int kResultStride = kDim + 8;
+
+    // Shared memory, from a multiple of 1024 on.
+    static constexpr int kV = kStages * kTileBytes;          // after K
+    static constexpr int kStats = 2 * kStages * kTileBytes;  // a reference and a sum a row
+    static constexpr int kBarriers = kStats + kRows * 8;     // full K, full V, free K, free V
+    static constexpr int kSharedBytes = kBarriers + 4 * kStages * 8 + 1024;
+    static_assert(kStages >= 3);  // the producer hands over K and V of a tail tile together
+    static_assert(kRows * kResultStride * 4 <= kStats);
+    static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024);
+};
+
+// What a block does: these rows of a KV head and tiles [lo, hi), of which those below `whole` hold
+// committed tokens alone and those below `cached` only what the cache holds already.
+struct Work {
+    int batch, head_kv, first_row;
+    int split, num_splits;
+    int length, nodes, keys;
+    int whole, cached, lo, hi;
+};
+
+template <typename C>
+__device__ __forceinline__ Work block_work(const AttentionParams& p) {
+    Work w;
+    w.num_splits = p.num_splits;
+    w.head_kv = blockIdx.y / p.num_splits;
+    w.split = blockIdx.y - w.head_kv * p.num_splits;
+    w.first_row = blockIdx.x * C::kRows;
+    w.batch = blockIdx.z;
+    // Clamped, so that no value reaches outside the cache.
+    const int nodes = p.num_nodes ? min(max(p.num_nodes[w.batch], 0), p.size) : p.size;
+    const int length = p.cache_seqlens[w.batch];
+    w.nodes = min(nodes, p.capacity);
+    w.length = w.nodes > 0 ? min(max(length, 0), p.capacity - w.nodes) : 0;
+    w.keys = w.length + w.nodes;
+    const int tiles = (w.keys + kKeys - 1) / kKeys;
+    w.whole = w.length / kKeys;
+    w.cached = p.new_rows[0] ? w.whole : w.keys / kKeys;
+    w.lo = tiles * w.split / w.num_splits;
+    w.hi = tiles * (w.split + 1) / w.num_splits;
+    return w;
+}
+
+// A place in the ring of tiles, and the parity of the phase in which it is filled.
+template <int kStages>
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// ---- producer ----
+
+template <typename C>
+struct Producer {
+    using T = typename C::T;
+    static constexpr int kUnits = C::kDim / 8;            // of 16 bytes in a row
+    static constexpr int kPass = kGroupThreads / kUnits;  // rows copied at once
+
+    const AttentionParams& p;
+    const Work& w;
+    const int32_t* table;  // of this request
+    uint32_t shared, barriers;
+    int thread;
+    Ring<C::kStages> ring;
+
+    __device__ __forceinline__ uint32_t full(int v) const {
+        return barriers + (v * C::kStages + ring.stage) * 8;
+    }
+    __device__ __forceinline__ uint32_t free(int v) const { return full(v + 2); }
+
+    __device__ __forceinline__ int page(int slot) const {
+        return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
+    }
+
+    // One warp: every lane a box, [1 << box_shift] slots of 64 dims. Of a pair of blocks, each
+    // copies every second box to both.
+    __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map,
+                                                 const CUtensorMap& v_map) {
+        const int boxes = kKeys >> p.box_shift;  // of 64 dims of a tile
+        const int box = thread & (boxes - 1), half = thread / boxes;
+        const bool copies = half < C::kDim / 64 && (!p.pair || (box ^ blockIdx.x) % 2 == 0);
+        const int end = min(w.cached, w.hi);
+        const auto slot_of = [&](int tile) { return tile * kKeys + (box << p.box_shift); };
+        int slot = slot_of(w.lo);
+        int block = w.batch;
+        if (table && w.lo < end) block = page(slot);
+#pragma unroll 1
+        for (int tile = w.lo; tile < end; ++tile) {
+            const int inside = table ? slot & ((1 << p.page_shift) - 1) : slot;
+            const int block_now = block;
+            slot = slot_of(tile + 1);
+            if (table && tile + 1 < end) block = page(slot);  // comes while this tile is copied
+            const uint32_t to = shared + ring.stage * C::kTileBytes + half * kHalfBytes +
+                                (box << p.box_shift) * 128;
+#pragma unroll
+            for (int v = 0; v < 2; ++v) {
+                barrier_wait(free(v), ring.phase ^ 1);
+                if (thread == 0) barrier_expect(full(v), C::kTileBytes);
+                __syncwarp();
+                if (copies) {
+                    copy_box(to + v * C::kV, v ? v_map : k_map, half * 64, inside, w.head_kv,
+                             block_now, full(v), p.pair);
+                }
+            }
+            ring.advance();
+        }
+    }
+
+    // Where 8 dims of a slot lie.
+    __device__ __forceinline__ int64_t place(const RowStrides& s, int slot) const {
+        int64_t block = w.batch;
+        if (table) {
+            block = page(slot);
+            slot &= (1 << p.page_shift) - 1;
+        }
+        return block * s.block + slot * s.slot + w.head_kv * s.head + thread % kUnits * 8;
+    }
+
+    __device__ __forceinline__ const T* new_row(int v, int slot) const {
+        const RowStrides& s = p.new_strides[v];
+        return static_cast<const T*>(p.new_rows[v]) + w.batch * s.block +
+               (slot - w.length) * s.slot + w.head_kv * s.head + thread % kUnits * 8;
+    }
+
+    __device__ __forceinline__ void copy_tail(int v, int start) const {
+        const int unit = thread % kUnits;
+        const uint32_t to = shared + v * C::kV + ring.stage * C::kTileBytes + unit / 8 * kHalfBytes;
+        const T* cache = static_cast<const T*>(p.cache[v]);
+#pragma unroll 2
+        for (int row = thread / kUnits; row < kKeys; row += kPass) {
+            const int slot = start + row;
+            const bool ok = slot < w.keys;
+            const T* from = cache;
+            if (ok && p.new_rows[v] && slot >= w.length) {
+                from = new_row(v, slot);
+            } else if (ok) {
+                from += place(p.strides[v], slot);
+            }
+            copy_16_bytes(to + row * 128 + ((unit ^ row) & 7) * 16, from, ok);
+        }
+    }
+
+    // Appends the nodes of a tile to the cache. Nobody reads their slots there in this launch.
+    __device__ __forceinline__ void append(int v, int start) const {
+        T* cache = static_cast<T*>(p.cache[v]);
+        const int end = min(start + kKeys, w.keys);
+#pragma unroll 1
+        for (int slot = max(start, w.length) + thread / kUnits; slot < end; slot += kPass) {
+            *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot)) =
+                *reinterpret_cast<const uint4*>(new_row(v, slot));
+        }
+    }
+
+    __device__ __forceinline__ void run(const CUtensorMap& k_map, const CUtensorMap& v_map) {
+        if (thread < 32) {
+            cached_tiles(k_map, v_map);
+        } else {
+            const int done = max(min(w.cached, w.hi) - w.lo, 0);
+            ring.stage = done % C::kStages;
+            ring.phase = done / C::kStages & 1;
+        }
+        sync_threads<1, kGroupThreads>();  // a parity says nothing of a phase further ahead
+#pragma unroll 1
+        for (int tile = max(w.lo, w.cached); tile < w.hi; ++tile) {
+#pragma unroll 1
+            for (int v = 0; v < 2; ++v) {
+                barrier_wait(free(v), ring.phase ^ 1);
+                copy_tail(v, tile * kKeys);
+            }
+            wait_copies();
+            fence_for_wgmma();
+            sync_threads<1, kGroupThreads>();
+            if (thread == 0) {
+                barrier_arrive(full(0));
+                barrier_arrive(full(1));
+            }
+            if (p.new_rows[0] && w.first_row == 0) {
+#pragma unroll 1
+                for (int v = 0; v < 2; ++v) append(v, tile * kKeys);
+            }
+            ring.advance();
+        }
+    }
+};
+
+// ---- consumer ----
+
+template <typename C>
+struct Consumer {
+    using T = typename C::T;
+    static constexpr int kDim = C::kDim;
+
+    const AttentionParams& p;
+    const Work& w;
+    uint32_t shared, barriers;
+    uint32_t free_barriers;  // those at which this lane arrives
+    int row;                 // of this thread in the block, and 8 rows below
+    int lane;
+    Ring<C::kStages> k_ring, v_ring;
+
+    uint32_t q[kDim / 16][4];
+    float scores[2][kKeys / 2];
+    uint32_t probs[kKeys / 16][4];
+    float out[kDim / 2];
+    float reference[2], sum[2];  // of both rows; reference in base 2, sum of this thread's columns
+    uint64_t word[2];            // the rows' first masks
+
+    __device__ __forceinline__ int node(int i) const {
+        return (w.first_row + row + i * 8) / p.group;
+    }
+
+    __device__ __forceinline__ void load_q() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int r = w.first_row + row + i * 8;
+            const int node = r / p.group, head = w.head_kv * p.group + r - node * p.group;
+            const bool ok = node < w.nodes;
+            const T* from = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
+                            int64_t(node) * p.q_strides.slot + int64_t(head) * p.q_strides.head +
+                            lane % 4 * 2;
+            word[i] = ok ? p.mask[w.batch * p.mask_stride + int64_t(node) * p.words] : 0;
+#pragma unroll
+            for (int k = 0; k < kDim / 16; ++k) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    q[k][2 * j + i] =
+                        ok ? *reinterpret_cast<const uint32_t*>(from + k * 16 + j * 8) : 0;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void wait_full(int v, const Ring<C::kStages>& ring) const {
+        barrier_wait(barriers + (v * C::kStages + ring.stage) * 8, ring.phase);
+    }
+
+    // The same for V, and not before the row sums are there: else the assembler moves the wait for
+    // the matrix products, which comes next, up to where the softmax begins. No sum is negative,
+    // but it cannot know.
+    __device__ __forceinline__ void wait_full_after_sums(const Ring<C::kStages>& ring) const {
+        const uint32_t never = sum[0] + sum[1] < 0.0f ? 1 : 0;
+        barrier_wait(barriers + (C::kStages + ring.stage) * 8, ring.phase ^ never);
+    }
+
+    __device__ __forceinline__ void arrive_free(int v, const Ring<C::kStages>& ring) const {
+        if (lane <= int(p.pair)) {  // in both blocks of a pair
+            barrier_arrive_in(free_barriers + (v * C::kStages + ring.stage) * 8);
+        }
+    }
+
+    // Begins scores[kNow], of the next tile of K in the ring. Past the last tile there is nothing
+    // to wait for, and what comes of whatever lies there is not used: a wgmma in a branch would
+    // make the compiler wait for each.
+    template <int kNow>
+    __device__ __forceinline__ void begin_scores(bool exists) {
+        if (exists) wait_full(0, k_ring);
+        const uint64_t k = matrix_descriptor(shared + k_ring.stage * C::kTileBytes, 16);
+        pin(scores[kNow]);
+        wgmma_begin();
+        // A step of 16 dims is 32 bytes of a row; descriptors count in 16.
+        wgmma<T, false, false>(scores[kNow], q[0], k);
+#pragma unroll
+        for (int i = 1; i < kDim / 16; ++i) {
+            wgmma<T, false, true>(scores[kNow], q[i], k + i / 4 * (kHalfBytes / 16) + i % 4 * 2);
+        }
+        wgmma_commit();
+    }
+
+    // Begins adding to `out` the probabilities times the next tile of V in the ring, which is
+    // there.
+    __device__ __forceinline__ void begin_out() {
+        const uint64_t v =
+            matrix_descriptor(shared + C::kV + v_ring.stage * C::kTileBytes, kHalfBytes);
+        pin(out);
+        pin(probs);
+        wgmma_begin();
+#pragma unroll
+        for (int i = 0; i < kKeys / 16; ++i) {  // 16 keys are 2048 bytes
+            wgmma<T, true, true>(out, probs[i], v + i * (2048 / 16));
+        }
+        wgmma_commit();
+    }
+
+    // Bits of the 64 keys from `start` on that row i of this thread attends to.
+    __device__ __forceinline__ uint64_t seen(int i, int start) const {
+        const int first = start - w.length;  // node of the first key
+        const int valid = w.keys - start;
+        if (valid <= 0) return 0;  // past the mask's last word as well
+        uint64_t bits;
+        if (first <= -64) {  // committed tokens alone
+            bits = ~uint64_t(0);
+        } else if (first < 0) {  // committed tokens first
+            bits = word[i] << -first | ((uint64_t(1) << -first) - 1);
+        } else {
+            const int node = this->node(i), shift = first % 64;
+            bits = 0;
+            if (node < w.nodes) {
+                const uint64_t* words =
+                    p.mask + w.batch * p.mask_stride + int64_t(node) * p.words + first / 64;
+                bits = words[0] >> shift;
+                if (shift && first / 64 + 1 < p.words) bits |= words[1] << (64 - shift);
+            }
+        }
+        return valid < 64 ? bits & ((uint64_t(1) << valid) - 1) : bits;
+    }
+
+    __device__ __forceinline__ void hide(float (&s)[kKeys / 2], int tile) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint64_t bits = seen(i, tile * kKeys) >> (lane % 4 * 2);
+            const uint32_t halves[2] = {uint32_t(bits), uint32_t(bits >> 32)};
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+                const int column = j / 2 * 8 + j % 2;  // and 2 (lane % 4)
+                float& x = s[j / 2 * 4 + i * 2 + j % 2];
+                x = halves[column / 32] >> (column % 32) & 1 ? x : -INFINITY;
+            }
+        }
+    }
+
+    // The largest score of each of the two rows, times the scale.
+    __device__ __forceinline__ float row_max(const float (&s)[kKeys / 2], int i) const {
+        float top = fmaxf(s[i * 2], s[i * 2 + 1]);
+#pragma unroll
+        for (int j = 1; j < kKeys / 8; ++j) {
+            top = fmaxf(top, fmaxf(s[j * 4 + i * 2], s[j * 4 + i * 2 + 1]));
+        }
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+        return top * p.scale;
+    }
+
+    // One step of the online softmax, from scores to probabilities. Returns whether `out` is to be
+    // multiplied by `shrink`; the whole warp agrees.
+    __device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], float (&shrink)[2]) {
+        const float top[2] = {row_max(s, 0), row_max(s, 1)};
+        const bool moves =
+            __any_sync(~0u, top[0] > reference[0] + kLazy || top[1] > reference[1] + kLazy);
+        if (moves) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float moved = fmaxf(reference[i], top[i]);
+                // No key seen yet: nothing to shrink.
+                shrink[i] = moved == -INFINITY ? 1.0f : exp2_approx(reference[i] - moved);
+                sum[i] *= shrink[i];
+                reference[i] = moved;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float base = reference[i] == -INFINITY ? 0.0f : reference[i];
+            float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+            for (int j = 0; j < kKeys / 4; ++j) {
+                float& x = s[j / 2 * 4 + i * 2 + j % 2];
+                x = exp2_approx(fmaf(x, p.scale, -base));
+                sums[j % 2] += x;
+            }
+            sum[i] += sums[0] + sums[1];
+        }
+        return moves;
+    }
+
+    // The softmax of a tile whose scores are there, under the last tile's product with V and the
+    // next tile's scores.
+    template <int kNow, bool kFirst>
+    __device__ __forceinline__ void step(int tile) {
+        const bool more = tile + 1 < w.hi;
+        if constexpr (!kFirst) begin_out();
+        begin_scores<1 - kNow>(more);
+
+        if (tile >= w.whole) hide(scores[kNow], tile);
+        float shrink[2] = {1.0f, 1.0f};
+        const bool moves = softmax(scores[kNow], shrink);
+        pin(scores[kNow]);
+        const Ring<C::kStages> v_now = v_ring;
+        if constexpr (!kFirst) v_ring.advance();
+        wait_full_after_sums(v_ring);  // the next product's V
+        wgmma_wait<0>();
+        pin(out);
+        pin(scores[1 - kNow]);
+        if constexpr (!kFirst) arrive_free(1, v_now);
+        if (more) arrive_free(0, k_ring);
+        k_ring.advance();
+        if (!kFirst && moves) rescale(shrink);
+        pack_probs(scores[kNow]);
+    }
+
+    __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) out[i] *= shrink[i / 2 % 2];
+    }
+
+    __device__ __forceinline__ void pack_probs(const float (&s)[kKeys / 2]) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 4; ++i) {
+            probs[i / 4][i % 4] = pack<T>(s[i * 2], s[i * 2 + 1]);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) out[i] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            reference[i] = -INFINITY;
+            sum[i] = 0.0f;
+        }
+        if (w.lo < w.hi) {
+            load_q();
+            begin_scores<0>(true);
+            wgmma_wait<0>();
+            pin(scores[0]);
+            arrive_free(0, k_ring);
+            k_ring.advance();
+            int tile = w.lo;
+            step<0, true>(tile);
+#pragma unroll 1
+            while (++tile < w.hi) {
+                step<1, false>(tile);
+                if (++tile == w.hi) break;
+                step<0, false>(tile);
+            }
+            begin_out();
+            wgmma_wait<0>();
+            pin(out);
+        }
+    }
+
+    // Leaves this block's results, where the ring was in shared memory or in global memory.
+    template <int kStride>
+    __device__ __forceinline__ void publish(float* partial, float2* stats) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float total = sum[i];
+            total += __shfl_xor_sync(~0u, total, 1);
+            total += __shfl_xor_sync(~0u, total, 2);
+            if (lane % 4 == 0) stats[row + i * 8] = {reference[i], total};
+            float* to = partial + (row + i * 8) * kStride + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kDim / 8; ++j) {
+                *reinterpret_cast<float2*>(to + j * 8) = {out[j * 4 + i * 2],
+                                                          out[j * 4 + i * 2 + 1]};
+            }
+        }
+    }
+};
+
+// Four dims of a row, of so many splits.
+struct RowSum {
+    float top = -INFINITY, sum = 0.0f;
+    float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+
+    template <int kCount>
+    __device__ __forceinline__ void add(const float2 (&stat)[kCount], const float4 (&x)[kCount]) {
+        float higher = top;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) higher = fmaxf(higher, stat[i].x);
+        const float base = higher == -INFINITY ? 0.0f : higher;
+        const float before = exp2_approx(top - base);
+        top = higher;
+        sum *= before;
+        total = {total.x * before, total.y * before, total.z * before, total.w * before};
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            if (stat[i].y == 0.0f) continue;  // no key: the rest may be anything
+            const float weight = exp2_approx(stat[i].x - base);
+            sum += stat[i].y * weight;
+            total.x += x[i].x * weight;
+            total.y += x[i].y * weight;
+            total.z += x[i].z * weight;
+            total.w += x[i].w * weight;
+        }
+    }
+};
+
+template <typename C>
+__device__ __forceinline__ void write_row(const AttentionParams& p, const Work& w, int row, int dim,
+                                          const RowSum& r) {
+    using T = typename C::T;
+    const int of_head = w.first_row + row;
+    const int node = of_head / p.group;
+    if (node >= p.size) return;
+    const int head = w.head_kv * p.group + of_head - node * p.group;
+    const bool real = node < w.nodes && r.sum != 0.0f;  // NaN stays NaN
+    const float norm = real ? 1.0f / r.sum : 0.0f;
+    uint2 packed = {0, 0};
+    if (real) {
+        packed = {pack<T>(r.total.x * norm, r.total.y * norm),
+                  pack<T>(r.total.z * norm, r.total.w * norm)};
+    }
+    T* to = static_cast<T*>(p.out) + w.batch * p.out_strides.block +
+            int64_t(node) * p.out_strides.slot + int64_t(head) * p.out_strides.head + dim;
+    *reinterpret_cast<uint2*>(to) = packed;
+    if (p.lse && dim == 0) {
+        p.lse[(int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node] =
+            real ? (r.top + log2f(r.sum)) * kLn2 : -INFINITY;
+    }
+}
+
+// The rows of a block that has all of their keys, from its shared memory.
+template <typename C>
+__device__ __forceinline__ void write_rows(const AttentionParams& p, const Work& w,
+                                           const float* result, const float2* stats, int thread) {
+    constexpr int kLanes = C::kDim / 4;  // threads of a row
+    constexpr int kPass = C::kGroups * kGroupThreads / kLanes;
+    const int dim = thread % kLanes * 4;
+#pragma unroll 4
+    for (int row = thread / kLanes; row < C::kRows; row += kPass) {
+        const float4 x = *reinterpret_cast<const float4*>(result + row * C::kResultStride + dim);
+        write_row<C>(p, w, row, dim, {stats[row].x, stats[row].y, x});
+    }
+}
+
+// This block's share of the rows of splits that have all arrived, in the order of the splits. The
+// row block's results begin at `partial` and `stats`, in global memory.
+template <typename C>
+__device__ __forceinline__ void merge_rows(const AttentionParams& p, const Work& w,
+                                           const float* partial, const float2* stats, int thread) {
+    constexpr int kLanes = C::kDim / 4;  // threads of a row
+    constexpr int kPass = C::kGroups * kGroupThreads / kLanes;
+    constexpr int kAtOnce = 8;
+    const int dim = thread % kLanes * 4;
+    const int first = C::kRows * w.split / w.num_splits;
+    const int last = C::kRows * (w.split + 1) / w.num_splits;
+#pragma unroll 1
+    for (int row = first + thread / kLanes; row < last; row += kPass) {
+        RowSum result;
+#pragma unroll 1
+        for (int split = 0; split < w.num_splits; split += kAtOnce) {
+            float2 stat[kAtOnce];
+            float4 x[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                stat[i] = {-INFINITY, 0.0f};
+                x[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+                if (split + i < w.num_splits) {  // not from the L1, where they may be old
+                    const int64_t at = int64_t(split + i) * C::kRows + row;
+                    stat[i] = __ldcg(stats + at);
+                    x[i] = __ldcg(reinterpret_cast<const float4*>(partial + at * C::kDim + dim));
+                }
+            }
+            result.add(stat, x);
+        }
+        write_row<C>(p, w, row, dim, result);
+    }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    tree_attention_kernel(const __grid_constant__ CUtensorMap k_map,
+                          const __grid_constant__ CUtensorMap v_map,
+                          const __grid_constant__ AttentionParams p) {
+    extern __shared__ uint8_t dynamic_shared[];
+    if (threadIdx.x <
+        (sizeof(p) + 63) / 64) {  // all lines of the parameters at once, not one by one
+        asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&p)[threadIdx.x * 16]));
+    }
+    const uint32_t shared = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
+    const uint32_t barriers = shared + C::kBarriers;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < C::kStages; ++i) {
+            for (int v = 0; v < 2; ++v) {
+                barrier_init(barriers + (v * C::kStages + i) * 8, 1);
+                barrier_init(barriers + ((v + 2) * C::kStages + i) * 8,
+                             C::kGroups * 4 * (p.pair ? 2 : 1));  // warps
+            }
+        }
+        fence_barrier_init();
+        prefetch_map(k_map);
+        prefetch_map(v_map);
+    }
+    const Work w = block_work<C>(p);
+    if (p.pair) {  // neither begins before the other's barriers are there
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+
+    const int group = threadIdx.x / kGroupThreads;
+    if (group == C::kGroups) {
+        shrink_registers<C::kProducerRegisters>();
+        const int32_t* table = p.block_table ? p.block_table + w.batch * p.table_stride : nullptr;
+        Producer<C> producer{p, w, table, shared, barriers, int(threadIdx.x) % kGroupThreads, {}};
+        producer.run(k_map, v_map);
+        __syncwarp();
+        if (p.pair) cluster_arrive();
+    } else {
+        grow_registers<C::kConsumerRegisters>();
+        const int lane = threadIdx.x % 32;
+        const uint32_t free_barriers = barriers + 2 * C::kStages * 8;
+        Consumer<C> consumer{p,
+                             w,
+                             shared,
+                             barriers,
+                             address_in_block(free_barriers, p.pair ? (blockIdx.x ^ lane) & 1 : 0),
+                             int(threadIdx.x) / 32 * 16 + lane / 4,
+                             lane};
+        consumer.run();
+        __syncwarp();
+        if (p.pair) cluster_arrive();
+
+        constexpr int kConsumers = C::kGroups * kGroupThreads;
+        const int thread = threadIdx.x;
+        sync_threads<2, kConsumers>();  // the ring is not read any more
+        if (w.num_splits == 1) {
+            float* result = reinterpret_cast<float*>(dynamic_shared +
+                                                     (shared - shared_address(dynamic_shared)));
+            float2* stats = reinterpret_cast<float2*>(result + C::kStats / 4);
+            consumer.template publish<C::kResultStride>(result, stats);
+            sync_threads<2, kConsumers>();
+            write_rows<C>(p, w, result, stats, thread);
+        } else {
+            const int64_t row_block =
+                (int64_t(w.batch) * p.heads_kv + w.head_kv) * gridDim.x + blockIdx.x;
+            const int64_t rows = row_block * w.num_splits * C::kRows;  // before this row block's
+            float* partial = p.partial + rows * C::kDim;
+            float2* stats = p.stats + rows;
+            consumer.template publish<C::kDim>(partial + w.split * C::kRows * C::kDim,
+                                               stats + w.split * C::kRows);
+            sync_threads<2, kConsumers>();
+            if (thread == 0) {
+                uint32_t* counter = split_arrivals + p.first_arrival + row_block;
+                if (!arrive(counter, w.num_splits)) {
+                    while (load_acquire(counter) != 0) {  // the last to arrive leaves a 0
+                    }
+                }
+            }
+            sync_threads<2, kConsumers>();
+            merge_rows<C>(p, w, partial, stats, thread);
+        }
+    }
+    if (p.pair) cluster_wait();  // the other one arrives at this block's barriers until then
+}
+
+// ---- host ----
+
+ArrivalTurns arrival_turns;
+
+template <typename C>
+void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_map,
+            const CUtensorMap& v_map, cudaStream_t stream) {
+    const auto kernel = tree_attention_kernel<C>;
+    int device;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    static std::atomic<uint64_t> known;  // devices on which the kernel may have its shared memory
+    if (device >= 64 || !(known >> device & 1)) {
+        STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            C::kSharedBytes));
+        if (device < 64) known |= uint64_t(1) << device;
+    }
+    const int64_t blocks = plan.row_blocks * plan.heads_kv * plan.batch;
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(static_cast<unsigned>(plan.row_blocks),
+                          static_cast<unsigned>(plan.heads_kv * plan.num_splits),
+                          static_cast<unsigned>(plan.batch));
+    config.blockDim = dim3(C::kThreads);
+    config.dynamicSmemBytes = C::kSharedBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    if (plan.pair) {
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {2, 1, 1};
+    }
+    if (plan.num_splits > 1) {
+        p.stats =
+            reinterpret_cast<float2*>(p.partial + blocks * plan.num_splits * C::kRows * C::kDim);
+        p.first_arrival = arrival_turns.claim(static_cast<int32_t>(blocks), stream);
+        cudaLaunchAttribute& together =
+            attributes[config.numAttrs++];  // as they wait for each other
+        together.id = cudaLaunchAttributeCooperative;
+        together.val.cooperative = 1;
+    }
+    STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, k_map, v_map, p));
+}
+
+void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t stream) {
+    MK_CHECK_VALUE(plan.bytes == sizeof plan, "plan: expected ", sizeof plan, " bytes, got ",
+                   plan.bytes);
+    AttentionParams p = attention_params(plan, addresses);
+    const CUtensorMap k_map = tensor_map(plan, 0, p), v_map = tensor_map(plan, 1, p);
+    const auto with = [&](auto type, auto dim, auto groups) {
+        using C = Config<decltype(type), decltype(dim)::value, decltype(groups)::value>;
+        launch<C>(plan, p, k_map, v_map, stream);
+    };
+    const auto with_type = [&](auto type, auto dim) {
+        plan.groups == 1 ? with(type, dim, std::integral_constant<int, 1>())
+                         : with(type, dim, std::integral_constant<int, 2>());
+    };
+    const auto with_dim = [&](auto dim) {
+        plan.half ? with_type(__half(), dim) : with_type(__nv_bfloat16(), dim);
+    };
+    plan.dim == 64 ? with_dim(std::integral_constant<int, 64>())
+                   : with_dim(std::integral_constant<int, 128>());
+}
+
+}  // namespace
+}  // namespace medusa_kernels
+
+// Called by medusa_kernels/_sm90.py without a dispatcher in between: once a layer and step, it
+// would cost as much as the kernel. Returns what went wrong, or null. The device is the current
+// one.
+extern "C" __attribute__((visibility("default"))) const char* medusa_kernels_tree_attention_sm90(
+    const medusa_kernels::AttentionPlan* plan, const uint64_t* addresses, void* stream) {
+    static thread_local std::string error;
+    try {
+        medusa_kernels::launch(*plan, addresses, static_cast<cudaStream_t>(stream));
+        return nullptr;
+    } catch (const std::exception& e) {
+        error = e.what();
+        return error.c_str();
+    }
+}

@@ -1,0 +1,156 @@
+// The arguments of Hopper's tree attention, and the maps by which the TMA reads the caches.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "checks.h"
+
+namespace medusa_kernels {
+
+// Of a tensor [batch or block, node or slot, head, D], in elements; D is contiguous. 0 where there
+// is one at most.
+struct RowStrides {
+    int64_t block, slot, head;
+};
+
+// All of a call but its addresses. `_Plan` in medusa_kernels/_sm90.py has the same fields, and has
+// checked that the kernel can serve them.
+struct AttentionPlan {
+    int64_t bytes;  // of this struct
+    int64_t half;   // else bfloat16
+    int64_t batch, size, heads_kv, group, dim;
+    int64_t num_blocks, block_size, max_blocks;  // max_blocks: of a request; 0: not paged
+    int64_t words;                               // of a row's mask
+    int64_t groups;                              // of 64 rows in a row block
+    int64_t row_blocks;                          // of a KV head
+    int64_t num_splits;
+    int64_t pair;  // of row blocks, in a cluster
+    RowStrides q, k_cache, v_cache, k, v, out;
+    int64_t mask_stride, table_stride;  // of a request
+    double scale;                       // of scores, for exponents of 2
+};
+
+// Where a call's tensors lie, in the order of tree_attention's launch; 0: None.
+enum Address {
+    kQ,
+    kKCache,
+    kVCache,
+    kK,
+    kV,
+    kMask,
+    kDepths,
+    kNumNodes,
+    kCacheSeqlens,
+    kBlockTable,
+    kSinks,
+    kKScale,
+    kVScale,
+    kOut,
+    kLse,
+    kWork
+};
+
+struct AttentionParams {
+    const void* q;                 // [B, T, H, D]
+    void* cache[2];                // K, V: [B or blocks, slots, Hkv, D]
+    const void* new_rows[2];       // K, V of the tree's nodes: [B, T, Hkv, D], or null
+    const uint64_t* mask;          // [B or 1, T, words]: bit j: the row's node attends to node j
+    const int32_t* num_nodes;      // [B] or null
+    const int32_t* cache_seqlens;  // [B]
+    const int32_t* block_table;    // [B, max_blocks] or null
+    void* out;                     // [B, T, H, D]
+    float* lse;                    // [B, H, T] or null
+    // Results of splits that merge through memory, or null: [row blocks, splits, rows, D], and of
+    // each row a reference and a sum.
+    float* partial;
+    float2* stats;
+    RowStrides q_strides, strides[2], new_strides[2], out_strides;
+    int64_t mask_stride, table_stride;  // of a request
+    int32_t size;                       // T
+    int32_t heads_kv, group, words;
+    int32_t capacity;  // slots of a request
+    int32_t num_blocks, page_shift;
+    int32_t box_shift;  // log2 of the slots that the TMA copies at once
+    int32_t num_splits;
+    int32_t first_arrival;  // of this launch's row blocks in `split_arrivals`
+    bool pair;              // blocks 2 i and 2 i + 1 copy for each other
+    float scale;            // of scores, for exponents of 2
+};
+
+inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_t* addresses) {
+    AttentionParams p{};
+    const auto at = [&](Address which) { return reinterpret_cast<void*>(addresses[which]); };
+    p.q = at(kQ);
+    p.cache[0] = at(kKCache);
+    p.cache[1] = at(kVCache);
+    p.new_rows[0] = at(kK);
+    p.new_rows[1] = at(kV);
+    p.mask = static_cast<const uint64_t*>(at(kMask));
+    p.num_nodes = static_cast<const int32_t*>(at(kNumNodes));
+    p.cache_seqlens = static_cast<const int32_t*>(at(kCacheSeqlens));
+    p.block_table = static_cast<const int32_t*>(at(kBlockTable));
+    p.out = at(kOut);
+    p.lse = static_cast<float*>(at(kLse));
+    p.partial = static_cast<float*>(at(kWork));
+    p.q_strides = plan.q;
+    p.strides[0] = plan.k_cache;
+    p.strides[1] = plan.v_cache;
+    p.new_strides[0] = plan.k;
+    p.new_strides[1] = plan.v;
+    p.out_strides = plan.out;
+    p.mask_stride = plan.mask_stride;
+    p.table_stride = plan.table_stride;
+    p.size = static_cast<int32_t>(plan.size);
+    p.heads_kv = static_cast<int32_t>(plan.heads_kv);
+    p.group = static_cast<int32_t>(plan.group);
+    p.words = static_cast<int32_t>(plan.words);
+    p.num_blocks = static_cast<int32_t>(plan.num_blocks);
+    p.capacity = static_cast<int32_t>(plan.block_size);
+    p.num_splits = static_cast<int32_t>(plan.num_splits);
+    p.pair = plan.pair != 0;
+    p.box_shift = p.pair ? 5 : 6;  // half a tile each
+    if (plan.max_blocks) {
+        p.capacity *= static_cast<int32_t>(plan.max_blocks);
+        p.page_shift = std::countr_zero(static_cast<uint64_t>(plan.block_size));
+        p.box_shift = std::min(p.page_shift, p.box_shift);
+    }
+    p.scale = static_cast<float>(plan.scale);
+    return p;
+}
+
+// Of K (0) or V (1): rows [blocks, Hkv, slots, D], in boxes of 64 dims of 1 << box_shift slots.
+inline CUtensorMap tensor_map(const AttentionPlan& plan, int v, const AttentionParams& p) {
+    using Encode = decltype(&cuTensorMapEncodeTiled);
+    static const Encode encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult result;
+        STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                        cudaEnableDefault, &result));
+        MK_CHECK_VALUE(result == cudaDriverEntryPointSuccess,
+                       "tree_attention: the driver has no cuTensorMapEncodeTiled");
+        return reinterpret_cast<Encode>(function);
+    }();
+    // A stride that is never used may not be 0 here.
+    const auto step = [&](int64_t stride) { return uint64_t(stride ? stride : plan.dim) * 2; };
+    const RowStrides& strides = p.strides[v];
+    const uint64_t sizes[4] = {uint64_t(plan.dim), uint64_t(plan.block_size),
+                               uint64_t(plan.heads_kv), uint64_t(plan.num_blocks)};
+    const uint64_t steps[3] = {step(strides.slot), step(strides.head), step(strides.block)};
+    const uint32_t box[4] = {64, 1u << p.box_shift, 1, 1}, every[4] = {1, 1, 1, 1};
+    CUtensorMap map;
+    const CUresult error =
+        encode(&map, plan.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+               4, p.cache[v], sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    MK_CHECK_VALUE(error == CUDA_SUCCESS, "k_cache: no TMA map of it, CUDA error ", int(error));
+    return map;
+}
+
+}  // namespace medusa_kernels

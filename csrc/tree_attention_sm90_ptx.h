@@ -1,0 +1,258 @@
+// Hopper's own instructions under names: mbarriers, the tensor memory accelerator (TMA), wgmma and
+// clusters. PTX ISA 8.0 or newer, sm_90a.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace medusa_kernels::sm90 {
+
+// An address in this block's shared memory, as PTX takes it.
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// ---- registers, threads ----
+
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// A barrier among `kThreads` threads of the block; id 0 is __syncthreads'.
+template <int kId, int kThreads>
+__device__ __forceinline__ void sync_threads() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+    uint32_t x;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+    return x;
+}
+
+// ---- mbarriers ----
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and lets the phase wait for `bytes` from the TMA as well.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Until the phase of this parity has completed; the phase before the first counts as one of parity
+// 1.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Shared memory written by ordinary stores or cp.async before, read by wgmma after.
+__device__ __forceinline__ void fence_for_wgmma() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- copies from global to shared memory ----
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A box of a 4-D tensor; `barrier` counts its bytes. `both`: to the same places in both blocks of a
+// cluster of two.
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, int dim, int slot,
+                                         int head, int block, uint32_t barrier, bool both) {
+    if (both) {
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+            "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier), "h"(uint16_t(3))
+            : "memory");
+    } else {
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+            "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier)
+            : "memory");
+    }
+}
+
+// 16 bytes, or zeros unless `ok`; `from` must be an address all the same.
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, bool ok) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(ok ? 16 : 0)
+                 : "memory");
+}
+
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// ---- wgmma: D[64, N] (+)= A[64, 16] B[16, N], A in registers and B in shared memory ----
+//
+// The thread of lane l in warp w holds of D the rows 16 w + l / 4 (and 8 below), of each 8 columns
+// the two from 2 (l % 4) on: d[4 i + {0, 1}] and, 8 rows below, d[4 i + {2, 3}]. Of A: a[0] columns
+// 2 (l % 4) and the next, a[1] the same 8 rows below, a[2] and a[3] the same 8 columns to the
+// right. So 16 columns of D, converted, are an A.
+
+// Of a matrix in rows of 128 bytes, 8 of them swizzled as an atom of 1024 bytes: 16-byte unit i of
+// row r is at i ^ r. `far` is the step to the next 64 columns where the matrix is read transposed.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t far) {
+    constexpr uint64_t kSwizzle128 = 1;
+    return uint64_t(address >> 4 & 0x3fff) | uint64_t(far >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
+           kSwizzle128 << 62;
+}
+
+// clang-format off
+#define MK_F8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), \
+                    "+f"(x[i + 4]), "+f"(x[i + 5]), "+f"(x[i + 6]), "+f"(x[i + 7])
+#define MK_F32(x, i) MK_F8(x, i), MK_F8(x, i + 8), MK_F8(x, i + 16), MK_F8(x, i + 24)
+#define MK_F64(x) MK_F32(x, 0), MK_F32(x, 32)
+#define MK_REGISTERS_32 \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MK_REGISTERS_64 MK_REGISTERS_32 ", " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MK_WGMMA_64(type)                                                                      \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                              \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                   \
+                 " {" MK_REGISTERS_32 "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}"       \
+                 : MK_F32(d, 0)                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)),         \
+                   "n"(int(kTransposed)))
+#define MK_WGMMA_128(type)                                                                     \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                              \
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                  \
+                 " {" MK_REGISTERS_64 "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"       \
+                 : MK_F64(d)                                                                   \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)),         \
+                   "n"(int(kTransposed)))
+// clang-format on
+
+// kTransposed: B's rows lie in shared memory as rows, not as columns.
+template <typename T, bool kTransposed, bool kAdd>
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        MK_WGMMA_64("f16");
+    } else {
+        MK_WGMMA_64("bf16");
+    }
+}
+
+template <typename T, bool kTransposed, bool kAdd>
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        MK_WGMMA_128("f16");
+    } else {
+        MK_WGMMA_128("bf16");
+    }
+}
+
+// Keeps what computes these registers above, and what uses them below.
+__device__ __forceinline__ void pin(float (&x)[32]) { asm volatile("" : MK_F32(x, 0)::"memory"); }
+
+__device__ __forceinline__ void pin(float (&x)[64]) { asm volatile("" : MK_F64(x)::"memory"); }
+
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&x)[kCount][4]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        asm volatile("" : "+r"(x[i][0]), "+r"(x[i][1]), "+r"(x[i][2]), "+r"(x[i][3])::"memory");
+    }
+}
+
+// Before the first wgmma of those that follow: registers are as the instructions above left them.
+__device__ __forceinline__ void wgmma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// The wgmmas since the last commit are a group.
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Until all but the newest `kPending` groups are done.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+#undef MK_F8
+#undef MK_F32
+#undef MK_F64
+#undef MK_REGISTERS_32
+#undef MK_REGISTERS_64
+#undef MK_WGMMA_64
+#undef MK_WGMMA_128
+
+// ---- clusters ----
+
+// All threads of a cluster arrive, and wait for all others, or for their exit; by whole warps.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where the block of this rank has what this block has at `address`.
+__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
+    uint32_t result;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+    return result;
+}
+
+// At a barrier of any block of the cluster.
+__device__ __forceinline__ void barrier_arrive_in(uint32_t cluster_address) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
+}
+
+// ---- arithmetic ----
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Two numbers of type T in a register, `low` in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    uint32_t x;
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    } else {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    }
+    return x;
+}
+
+}  // namespace medusa_kernels::sm90

@@ -1,0 +1,144 @@
+"""Tree attention's CUDA kernel for Hopper (csrc/tree_attention_sm90.cu): what it serves, and its launches."""
+
+import ctypes
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+KEYS = 64  # of a tile
+MAX_SPLITS = 64  # of a row block
+_STRIDES = ctypes.c_int64 * 3
+
+
+class _Plan(ctypes.Structure):
+    """`AttentionPlan` of csrc/tree_attention_sm90_args.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "bytes", "half", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size", "max_blocks",
+            "words", "groups", "row_blocks", "num_splits", "pair",
+        )),
+        *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
+        ("mask_stride", ctypes.c_int64), ("table_stride", ctypes.c_int64), ("scale", ctypes.c_double),
+    ]  # fmt: skip
+
+
+@cache
+def _kernel():
+    """The launch in the compiled library, or None where it was built without."""
+    if not _ops.HAS_CUDA_OPS:
+        return None
+    library = ctypes.PyDLL(str(Path(__file__).parent / "_ops_cuda.so"))
+    launch = getattr(library, "medusa_kernels_tree_attention_sm90", None)
+    if launch is not None:
+        launch.restype = ctypes.c_char_p
+        launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    return launch
+
+
+class Launch:
+    """One call's launch, to be made again at other addresses: those of `tree_attention`'s tensors in the order of its
+    launch, 0 for None."""
+
+    def __init__(self, plan: _Plan, work_numel: int, device: torch.device):
+        self.plan, self.work_numel, self.device = plan, work_numel, device
+        self.kernel, self.address = _kernel(), ctypes.addressof(plan)
+
+    def __call__(self, addresses: list[int]) -> bool:
+        index = self.device.index
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                return self(addresses)
+        work = 0
+        if self.work_numel:
+            partial = torch.empty(self.work_numel, dtype=torch.float32, device=self.device)
+            work = partial.data_ptr()
+        values = (ctypes.c_uint64 * (len(addresses) + 1))(*addresses, work)
+        error = self.kernel(self.address, ctypes.addressof(values), torch._C._cuda_getCurrentRawStream(index))
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return True
+
+
+def prepare(
+    q, k_cache, v_cache, k, v, packed_mask, block_table, sinks, k_scale, window, softcap, softmax_scale, out, num_sms,
+    groups: int | None = None, num_splits: int | None = None, pair: bool | None = None,
+) -> Launch | None:  # fmt: skip
+    """The launch that does what these arguments ask, or None where it cannot, or where Triton's is faster: with up to
+    64 rows a KV head in a contiguous cache, which memory bounds.
+
+    groups: of 64 rows in a row block, 1 or 2; num_splits: blocks that share a row block's keys; pair: two row blocks of
+    a KV head copy for each other. None: chosen here.
+    """
+    if (
+        q.dtype not in (torch.bfloat16, torch.float16)
+        or k_cache.dtype != q.dtype
+        or q.shape[3] not in (64, 128)
+        or sinks is not None
+        or k_scale is not None
+        or window
+        or softcap
+        or _kernel() is None
+    ):
+        return None
+    batch, size, heads, dim = q.shape
+    num_blocks, block_size, heads_kv = k_cache.shape[:3]
+    rows = size * heads // heads_kv
+    paged = block_table is not None
+    if (paged and (block_size < 16 or block_size & (block_size - 1))) or (groups is None and rows <= 64 and not paged):
+        return None
+    caches = (x for x in (k_cache, v_cache, k, v) if x is not None)
+    if not (all(_aligned(x, 16) for x in caches) and _aligned(q, 4) and _aligned(out, 8)):
+        return None
+    groups = groups or (2 if rows > 64 else 1)
+    row_blocks = math.ceil(rows / (64 * groups))
+    max_blocks = block_table.shape[1] if paged else 0
+    blocks = batch * heads_kv * row_blocks
+    if heads_kv * MAX_SPLITS > 65535 or batch > 65535:
+        return None
+    resident = num_sms * (2 if groups == 1 else 1)  # one group is for what memory bounds: two blocks a multiprocessor
+    if num_splits is None:
+        num_splits = choose_splits(blocks, block_size * (max_blocks or 1), resident, num_sms)
+    elif not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
+        raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
+    if pair is None:  # 10% for pages in one wave of blocks, nothing or a loss elsewhere
+        pair = paged and num_splits == 1 and row_blocks % 2 == 0 and blocks <= resident
+    elif pair and row_blocks % 2:
+        raise ValueError(f"pair: expected False for {row_blocks} row blocks, got True")
+    plan = _Plan(
+        ctypes.sizeof(_Plan), q.dtype == torch.float16, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
+        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, pair,
+        *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
+        packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
+        block_table.stride(0) if paged and batch > 1 else 0, softmax_scale * math.log2(math.e),
+    )  # fmt: skip
+    work = blocks * num_splits * 64 * groups * (dim + 2) if num_splits > 1 else 0
+    return Launch(plan, work, q.device)
+
+
+def choose_splits(blocks: int, capacity: int, resident: int, num_sms: int) -> int:
+    """Splits of a row block that take least, in units of a tile: a block costs about three tiles beside its own, a
+    merge four; two blocks of a multiprocessor share its time; more than one wave of splits always lost."""
+    tiles = math.ceil(capacity / KEYS)
+
+    def cost(splits: int) -> int:
+        share = 2 if resident > num_sms and blocks * splits > num_sms else 1
+        waves = math.ceil(blocks * splits / resident)
+        return waves * (share * math.ceil(tiles / splits) + 3) + (4 if splits > 1 else 0)
+
+    return min(range(1, max(min(MAX_SPLITS, tiles, resident // blocks), 1) + 1), key=cost)
+
+
+def _strides(x: Tensor | None) -> list[int]:
+    """Of batch or block, node or slot and head; 0 where there is one at most, whose stride may be anything."""
+    return [0, 0, 0] if x is None else [x.stride(i) if x.shape[i] > 1 else 0 for i in range(3)]
+
+
+def _aligned(x: Tensor, num_bytes: int) -> bool:
+    steps = [step * x.itemsize for n, step in zip(x.shape[:3], x.stride()) if n > 1]
+    return x.data_ptr() % num_bytes == 0 and all(step > 0 and step % num_bytes == 0 for step in steps)

@@ -1,0 +1,225 @@
+"""Hopper's CUDA kernel for tree attention against the reference, with every block size and number of splits."""
+
+import ctypes
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from test_attention import Case, as_bytes, check
+
+from medusa_kernels import _sm90, attention, tree_attention
+
+NAN = float("nan")
+BASE = {
+    "lengths": [1000, 130], "num_nodes": [64, 64], "size": 64, "group": 4, "head_dim": 128, "dtype": torch.bfloat16,
+}  # fmt: skip
+
+
+def kernel(groups=1, num_splits=None, pair=None):
+    def run(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
+        k, v, table = kw.get("k"), kw.get("v"), kw.get("block_table")
+        out = torch.full_like(q, NAN)
+        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), NAN, dtype=torch.float32)
+        launch = _sm90.prepare(
+            q, k_cache, v_cache, k, v, tree.packed_mask, table, None, None, 0, 0.0, q.shape[-1] ** -0.5, out,
+            attention._sms_and_arch(0)[0], groups, num_splits, pair,
+        )  # fmt: skip
+        assert launch is not None
+        tensors = (
+            q, k_cache, v_cache, k, v, tree.packed_mask, None, tree.num_nodes, cache_seqlens, table, None, None, None,
+            out, lse,
+        )  # fmt: skip
+        launch([0 if x is None else x.data_ptr() for x in tensors])
+        return out, lse
+
+    return run
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups, pair", [(1, False), (1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 8, 16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"head_dim": 64}, {"append": True, "block_size": 16}, {"lengths": [0, 64], "num_nodes": [64, 40]},
+        *({"size": 130, "num_nodes": [130, 127], "append": new, "group": 1} for new in (False, True)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gpu_blocks_and_splits(hopper, options, num_splits, groups, pair):
+    """lengths [0, 64]: more splits than tiles, and tiles that hold nodes alone."""
+    if pair and groups == 1 and options.get("size") == 130:
+        options = {**options, "size": 194}  # an even number of blocks
+    check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits, pair))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": torch.float16}, {"head_dim": 64, "dtype": torch.float16}, {"group": 1, "heads_kv": 3},
+        {"group": 3, "heads_kv": 1, "head_dim": 64}, {"group": 8}, {"strided": True}, {"per_request": False},
+        {"append": True}, {"append": True, "group": 1}, *({"block_size": n} for n in (16, 32, 64, 128)),
+        {"block_size": 256, "append": True}, {"head_dim": 64, "append": True, "block_size": 16},
+        {"num_nodes": [20, 7]}, {"num_nodes": [0, 64], "lengths": [0, 100]}, {"lengths": [0, 0]},
+        {"lengths": [5, 63], "append": True}, {"lengths": [1024, 128]}, {"lengths": [64, 192], "num_nodes": [1, 60]},
+        *({"size": t, "num_nodes": [t, max(t - 1, 1)], "append": t % 2 == 1} for t in (1, 5, 63, 65, 128, 130)),
+        {"size": 512, "num_nodes": [512, 511], "group": 1, "lengths": [777, 3]},
+        {"heads_kv": 40, "lengths": [1000, 130, 64, 0, 700], "num_nodes": [64, 60, 0, 64, 1], "append": True},
+        {"lengths": [5000, 37], "heads_kv": 8},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gpu_kernel(hopper, options, groups):
+    check(Case(**{**BASE, **options}, device="cuda"), kernel(groups))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [1, 8])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gpu_growing_scores(hopper, num_splits, groups):
+    """The row maxima move up all along the cache, by less and by more than what the kernel lets them lag behind."""
+    case = Case(**BASE, device="cuda")
+    q, k_cache, v_cache, tree, lens, kw = case.build()
+    grow = torch.linspace(0.0, 12.0, k_cache.shape[1], device="cuda").view(1, -1, 1, 1).exp2()
+    k_cache.copy_(k_cache * grow * q.new_tensor(0.02))
+    case.build = lambda: (q, k_cache, v_cache, tree, lens, kw)
+    check(case, kernel(groups, num_splits))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("pair", [False, True])
+def test_gpu_same_bits_every_time(hopper, num_splits, groups, pair):
+    q, *rest, kw = Case(**{**BASE, "lengths": [3000, 100], "heads_kv": 8}, device="cuda").build()
+    run = kernel(groups, num_splits, pair)
+    first = run(q, *rest, **kw)
+    for _ in range(20):
+        again = run(q, *rest, **kw)
+        assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(first, again))
+
+
+@pytest.mark.gpu
+def test_gpu_graph_with_changing_lengths(hopper):
+    case = Case(
+        **{**BASE, "lengths": [700, 300, 5], "num_nodes": [64] * 3, "heads_kv": 8, "append": True}, device="cuda"
+    )
+    q, k_cache, v_cache, tree, lens, kw = case.build()
+    k_cache, v_cache = k_cache.nan_to_num(0.5), v_cache.nan_to_num(0.5)
+    run = lambda *args: tree_attention(*args, **kw)  # noqa: E731
+    run(q, k_cache, v_cache, tree, lens)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(q, k_cache, v_cache, tree, lens)
+    assert any(isinstance(again, _sm90.Launch) for again in attention._ready.values())
+    for lengths in ([700, 300, 5], [0, 1, 2], [64, 699, 511]):
+        lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        expected = run(q, k_cache.clone(), v_cache.clone(), tree, lens)
+        out.fill_(NAN)
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_values_are_clamped_not_followed(hopper):
+    q, k_cache, v_cache, tree, lens, kw = Case(**{**BASE, "block_size": 16}, device="cuda").build()
+    k_cache, v_cache = k_cache.nan_to_num(0), v_cache.nan_to_num(0)
+    for bad_length, bad_block in ((10**6, None), (-5, None), (100, 10**6), (100, -7)):
+        lens.fill_(bad_length)
+        if bad_block is not None:
+            kw["block_table"] = torch.full_like(kw["block_table"], bad_block)
+        for groups in (1, 2):
+            out, _ = kernel(groups)(q, k_cache, v_cache, tree, lens, **kw)
+            assert out.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_gpu_splits_that_cannot_wait_for_each_other(hopper):
+    """More blocks than fit the GPU at once would wait for ever."""
+    q, *rest, kw = Case(**{**BASE, "heads_kv": 8}, device="cuda").build()
+    for splits in (0, 65, 64):
+        with pytest.raises(ValueError, match="num_splits: expected"):
+            kernel(1, splits)(q, *rest, **kw)
+
+
+def test_plan_is_the_kernels_struct():
+    """Field by field, in order: nothing else holds the two sides together."""
+    text = (Path(__file__).parent.parent / "csrc" / "tree_attention_sm90_args.h").read_text()
+    body = re.search(r"struct AttentionPlan \{(.*?)\};", text, re.DOTALL)[1]
+    declared = []
+    for kind, names in re.findall(r"^\s*(\w+) ([\w, ]+);", body, re.MULTILINE):
+        size = {"int64_t": 8, "double": 8, "RowStrides": 24}[kind]
+        declared += [(name.strip(), size) for name in names.split(",")]
+    assert declared == [(name, ctypes.sizeof(kind)) for name, kind in _sm90._Plan._fields_]
+
+
+def test_choose_splits():
+    """One wave at most; none where a request's blocks fill the GPU; more for a longer cache."""
+    for blocks, capacity, resident in (
+        (1, 100, 132),
+        (16, 8256, 132),
+        (32, 2048, 264),
+        (128, 4160, 132),
+        (600, 64, 132),
+    ):
+        splits = _sm90.choose_splits(blocks, capacity, resident, 132)
+        assert 1 <= splits <= min(_sm90.MAX_SPLITS, max(1, capacity // 64 + 1))
+        assert splits == 1 or blocks * splits <= resident
+    assert _sm90.choose_splits(128, 4160, 132, 132) == 1
+    assert _sm90.choose_splits(16, 8256, 132, 132) == 8
+    assert _sm90.choose_splits(2, 320, 132, 132) < _sm90.choose_splits(2, 8256, 132, 132)
+
+
+def prepare(case, **chosen):
+    """On CPU tensors: nothing is launched."""
+    q, k_cache, v_cache, tree, _, kw = case.build()
+    return _sm90.prepare(
+        q, k_cache, v_cache, kw.get("k"), kw.get("v"), tree.packed_mask, kw["block_table"], kw.get("sinks"),
+        kw.get("k_scale"), kw["window"], kw["softcap"], 0.125, torch.empty_like(q), 132, **chosen,
+    )  # fmt: skip
+
+
+def test_plan_of_a_call(monkeypatch):
+    monkeypatch.setattr(_sm90, "_kernel", lambda: object())
+    case = Case(**{**BASE, "heads_kv": 3, "strided": True, "append": True})
+    plan = prepare(case).plan
+    q, k_cache, _, tree, _, kw = case.build()
+    assert (plan.batch, plan.size, plan.heads_kv, plan.group, plan.dim) == (2, 64, 3, 4, 128)
+    assert (plan.num_blocks, plan.block_size, plan.max_blocks) == (2, k_cache.shape[1], 0)
+    assert (plan.half, plan.words, plan.groups, plan.row_blocks, plan.pair) == (0, 1, 2, 2, 0)
+    assert list(plan.q) == list(q.stride()[:3]) and list(plan.k_cache) == list(k_cache.stride()[:3])
+    assert list(plan.k) == list(kw["k"].stride()[:3]) and plan.mask_stride == tree.packed_mask.stride(0)
+    paged = prepare(Case(**{**BASE, "block_size": 16, "dtype": torch.float16, "per_request": False})).plan
+    assert (paged.half, paged.block_size, paged.max_blocks, paged.mask_stride) == (1, 16, paged.table_stride, 0)
+
+
+def test_what_is_served(monkeypatch):
+    serves = lambda **options: prepare(Case(**{**BASE, "lengths": [200, 130], **options})) is not None  # noqa: E731
+    assert not serves()  # built without, or no GPU
+    monkeypatch.setattr(_sm90, "_kernel", lambda: object())
+    assert serves() and serves(group=1, block_size=16) and serves(append=True, head_dim=64)
+    assert not serves(group=1) and not serves(block_size=8) and not serves(head_dim=96)
+    assert not serves(dtype=torch.float32) and not serves(window=50) and not serves(softcap=5.0)
+    assert not serves(sinks=True) and not serves(fp8=True)
+
+
+def test_when_blocks_pair(monkeypatch):
+    """Two blocks of a KV head, with pages, when all blocks fit the GPU at once and none is split."""
+    monkeypatch.setattr(_sm90, "_kernel", lambda: object())
+    options = {**BASE, "lengths": [64] * 8, "num_nodes": [64] * 8, "heads_kv": 8}
+    assert prepare(Case(**options, block_size=16)).plan.pair == 1
+    assert prepare(Case(**options)).plan.pair == 0
+    assert prepare(Case(**{**options, "group": 2}, block_size=16)).plan.pair == 0  # one block
+    assert prepare(Case(**{**options, "lengths": [64] * 9, "num_nodes": [64] * 9}, block_size=16)).plan.pair == 0
+    assert prepare(Case(**{**BASE, "lengths": [4000, 5]}, block_size=16)).plan.pair == 0  # split
+    with pytest.raises(ValueError, match="pair: expected False"):
+        prepare(Case(**{**options, "group": 2}), pair=True)
