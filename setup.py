@@ -25,8 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build"
-CPP_SOURCES = ["ops.cpp", "kv_cache_cpu.cpp", "acceptance_cpu.cpp"]
-CUDA_SOURCES = ["kv_cache.cu", "acceptance.cu"]
+CPP_SOURCES = ["ops.cpp", "kv_cache_cpu.cpp", "acceptance_cpu.cpp", "finish_step_cpu.cpp"]
+CUDA_SOURCES = ["kv_cache.cu", "acceptance.cu", "finish_step.cu"]
 TORCH_TARGET = "2.11"  # one binary serves this and every later torch
 
 MODE = os.environ.get("MEDUSA_KERNELS_BUILD", "auto")

@@ -102,6 +102,14 @@ MK_HD float f_fma(float a, float b, float c) {
 #endif
 }
 
+MK_HD float f_max(float a, float b) {  // b where a is NaN
+#if defined(__CUDA_ARCH__)
+    return fmaxf(a, b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
 MK_HD uint32_t float_bits(float x) {
 #if defined(__CUDA_ARCH__)
     return __float_as_uint(x);
@@ -155,17 +163,18 @@ MK_HD uint64_t mul_high(uint64_t a, uint64_t b) {
 constexpr float kLn2 = 0.693147182f, kLog2E = 1.44269502f;
 constexpr float kEntropyEpsilon = 1e-5f;  // the paper's code: log(p + 1e-5)
 
-// 2**(y + shift) for -125 <= y + shift and y <= 1, to 1.5e-7 of its value; exactly 2**shift at 0.
-MK_HD float exp2_shifted(float y, int shift) {
-    const float t =
-        f_add(y, 12582912.0f);  // 1.5 * 2**23: the integer nearest to y ends up in the last bits
-    const int n = static_cast<int>(float_bits(t)) - 0x4B400000;
-    const float r = f_add(y, -f_add(t, -12582912.0f));
-    float q = f_fma(r, 0.00132647273f, 0.00967151299f);
-    q = f_fma(r, q, 0.0555073358f);
-    q = f_fma(r, q, 0.240222424f);
-    q = f_fma(r, q, 0.693147004f);
-    return bits_float(float_bits(f_fma(r, q, 1.0f)) + (static_cast<uint32_t>(n + shift) << 23));
+// 2**(a * b + shift) for -125 <= a * b <= 1, to 1.5e-7 of its value; exactly 2**shift at 0.
+template <int shift>
+MK_HD float exp2_product(float a, float b) {
+    constexpr float kOne = static_cast<float>(uint32_t(1) << shift);
+    // 1.5 * 2**23: the integer nearest to a * b ends up in the last bits.
+    const float t = f_fma(a, b, 12582912.0f);
+    const float r = f_fma(a, b, -f_add(t, -12582912.0f));
+    float q = f_fma(r, 0.00132647273f * kOne, 0.00967151299f * kOne);
+    q = f_fma(r, q, 0.0555073358f * kOne);
+    q = f_fma(r, q, 0.240222424f * kOne);
+    q = f_fma(r, q, 0.693147004f * kOne);
+    return bits_float(float_bits(f_fma(r, q, kOne)) + (float_bits(t) << 23));
 }
 
 // Natural logarithm of a positive normal number, to 1e-7.
@@ -199,7 +208,13 @@ MK_HD uint64_t argmax_key(float x, int index) {
     return key ? uint64_t(key) << 32 | (0xFFFFFFFFu - static_cast<uint32_t>(index)) : 0;
 }
 
+MK_HD float key_value(uint32_t key) {
+    return bits_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
+}
+
 constexpr uint32_t kKeyOfMinusInf = 0x007FFFFFu, kKeyOfInf = 0xFF800000u;
+
+constexpr uint64_t kWeightOfMax = uint64_t(1) << 31;
 
 struct Distribution {
     uint64_t total;    // of the weights that are kept
@@ -209,18 +224,25 @@ struct Distribution {
     bool valid;        // and no NaN nor +inf, and something above -inf: its softmax exists
     uint16_t padding;  // named, so that a copy by words reads nothing that was never written
     float max, scale;  // of a logit x: log2 of its weight is (x - max) * scale, + 31
+    float lowest;      // of x - max: what is lower, or NaN, weighs nothing
     float inv_total, ln_total;  // typical: of the sum of exp(x - max)
     float bound;                // typical: a probability must be greater
 
-    MK_HD float log2_weight(float x) const { return f_mul(f_add(x, -max), scale); }
+    MK_HD float below_max(float x) const { return f_max(f_add(x, -max), lowest); }
     // 2**31 at the maximum; 0 from 2**-32 of it downwards, and for NaN.
     MK_HD uint32_t weight(float x) const {
-        const float y = log2_weight(x);
-        return y >= -33.0f ? round_unsigned(exp2_shifted(y, 31)) : 0;
+        return round_unsigned(exp2_product<31>(below_max(x), scale));
     }
+    // All logits weigh the same, 2**31.
+    MK_HD Distribution flat() const {
+        Distribution d = *this;
+        d.scale = 0.0f;
+        return d;
+    }
+    MK_HD float log2_weight(float x) const { return f_mul(f_add(x, -max), scale); }
     MK_HD float probability(float x) const {
         const float y = log2_weight(x);
-        return y >= -125.0f ? f_mul(exp2_shifted(y, 0), inv_total) : 0.0f;
+        return y >= -125.0f ? f_mul(exp2_product<0>(y, 1.0f), inv_total) : 0.0f;
     }
     MK_HD float log_probability(float x) const { return f_fma(log2_weight(x), kLn2, -ln_total); }
     // 2**31 times this logit's part of the entropy, -p ln(p + 1e-5).
@@ -230,10 +252,11 @@ struct Distribution {
     }
 };
 
-// What typical acceptance and sampling leave of a row.
+// What typical acceptance and sampling leave of a row. (A cutoff of 0 is a NaN, and cuts nothing.)
 MK_HD uint32_t kept_weight(const Distribution& d, bool typical, float x) {
-    if (typical ? !(d.probability(x) > d.bound) : order_key(x) < d.cutoff) return 0;
-    return d.weight(x);
+    const bool kept = typical ? d.probability(x) > d.bound : !(x < key_value(d.cutoff));
+    const uint32_t weight = d.weight(x);  // not in a branch: these take a GPU longer
+    return kept ? weight : 0;
 }
 
 struct Request {
@@ -251,7 +274,7 @@ MK_HD Request load_request(const AcceptArgs& a, int b) {
     if (r.max_tokens <= 0 || r.nodes < 0) r.nodes = 0;
     r.mode = a.mode[b];
     const float temperature = a.temperature[b];
-    r.scale = f_div(kLog2E, temperature);
+    r.scale = f_max(f_div(kLog2E, temperature), 1e-20f);  // so that 64 / scale is finite
     // Not a temperature, or so low that nothing but the maximum has a weight.
     if (!(temperature > 0.0f && r.scale <= 3e38f)) r.mode = kGreedy;
     if (r.mode != kTypical && (r.mode != kSampling || !a.has_seed)) r.mode = kGreedy;
@@ -270,14 +293,11 @@ MK_HD Distribution start_distribution(uint64_t best, bool has_nan, float max, fl
     d.valid = !has_nan && key > kKeyOfMinusInf && key < kKeyOfInf;
     d.max = max;
     d.scale = scale;
+    d.lowest = f_div(-64.0f, scale);
     d.total = 0;
     d.cutoff = 0;
     d.inv_total = d.ln_total = d.bound = 0.0f;
     return d;
-}
-
-MK_HD float key_value(uint32_t key) {
-    return bits_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
 }
 
 MK_HD void set_total(Distribution& d, uint64_t total) {
@@ -289,49 +309,89 @@ MK_HD void set_total(Distribution& d, uint64_t total) {
 
 MK_HD void set_bound(Distribution& d, const Request& r, int64_t entropy) {
     const float h = f_mul(static_cast<float>(entropy), 4.65661287e-10f);
-    const float typical = f_mul(r.alpha, exp2_shifted(f_mul(h, -kLog2E), 0));
+    const float typical = f_mul(r.alpha, exp2_product<0>(h, -kLog2E));
     d.bound = r.threshold < typical ? r.threshold : typical;
+}
+
+// Of typical acceptance's bound without the exact entropy: within low .. high it may lie.
+struct BoundRange {
+    float low, high;
+};
+
+// From the entropy without the paper's epsilon, which makes it smaller, by ln(1 + vocab * epsilon)
+// at most (Jensen's inequality). mean: of -log2 of the weights' 2**-31ths, each counted by its
+// weight; it and what rounds the exact one leave them 1e-4 and 2**-30 a logit apart at most.
+MK_HD BoundRange bound_range(const Distribution& d, const Request& r, float mean, int vocab) {
+    const float size = static_cast<float>(vocab);
+    const float slack = 1e-4f + size * 9.3132257e-10f;
+    const float least = r.alpha * exp2_product<0>(d.ln_total * -kLog2E - mean, 1.0f);
+    const float low = least * (1.0f - slack);
+    const float high = least * (1.0f + slack) * (1.0f + size * kEntropyEpsilon);
+    return {low, r.threshold < high ? r.threshold : high};
 }
 
 constexpr int kPivots = 3;
 
+// An order key: no logit up to it weighs more than `weight`.
+MK_HD uint32_t key_of_weight(const Distribution& d, uint64_t weight, int drop) {
+    const int log2 =
+        weight ? static_cast<int>(float_bits(static_cast<float>(weight)) >> 23) - 127 : -2;
+    const uint32_t key =
+        order_key(f_add(d.max, f_div(static_cast<float>(log2 - 32), d.scale))) >> drop;
+    const uint32_t least = kKeyOfMinusInf >> drop;
+    return (key > least ? key - 1 : least) << drop;
+}
+
 // The least c in low .. high for which what lies above c measures less than limit. Keys are
 // searched without their last `drop` bits, in which those of 16-bit logits do not differ.
-// above(pivots, last, sums) measures above kPivots keys at once, up to `last`. Nothing is above
-// high. `kept`: the measure of everything from low on, then of everything from c on.
+// above(bounds, sums) measures what is at least as great as each of kPivots logits. Nothing is
+// above high. `kept`: the measure of everything from low on, then of everything from c on.
 template <typename Above>
 MK_HD uint32_t find_cutoff(uint64_t limit, uint32_t low, uint32_t high, int drop, uint64_t* kept,
                            Above&& above) {
     uint32_t first = low >> drop, last = high >> drop;  // the answer is one of these
-    uint64_t above_last = 0;
-    while (first < last) {
+    for (int round = 0; first < last; ++round) {
+        // Logits are spread more evenly than their keys, of which half are below 1; but near 0, or
+        // among many equal ones, only halving the keys comes to an end soon.
+        const float bottom = key_value(first << drop), top = key_value(last << drop);
+        const float apart = f_mul(f_add(top, -bottom), 1.0f / (kPivots + 1));
+        const bool by_value = round < 4 && apart > 0.0f && apart < INFINITY;
         const uint32_t step = (last - first + kPivots) / (kPivots + 1);
-        uint32_t pivots[kPivots];  // increasing, below last
+        uint32_t pivots[kPivots];  // increasing, first .. last - 1
+        float bounds[kPivots];
         uint64_t sums[kPivots];
         MK_UNROLL
         for (int i = 0; i < kPivots; ++i) {
-            const uint32_t pivot = first + (i + 1) * step - 1;
+            uint32_t pivot = first + (i + 1) * step - 1;
+            if (by_value)
+                pivot = order_key(f_fma(apart, static_cast<float>(i + 1), bottom)) >> drop;
+            pivot = pivot > first ? pivot : first;
             pivots[i] = pivot < last ? pivot : last - 1;
+            bounds[i] = key_value((pivots[i] + 1) << drop);
             sums[i] = 0;
         }
-        above(pivots, last, sums);
-        const uint64_t before = above_last;
+        above(bounds, sums);
         MK_UNROLL
         for (int i = kPivots - 1; i >= 0; --i) {
-            if (before + sums[i] < limit) {
-                last = pivots[i];
-                above_last = before + sums[i];
-            }
+            if (sums[i] < limit) last = pivots[i];
         }
         MK_UNROLL
         for (int i = 0; i < kPivots; ++i) {
-            if (before + sums[i] >= limit) {
+            if (sums[i] >= limit) {
                 first = pivots[i] + 1;
-                *kept = before + sums[i];
+                *kept = sums[i];
             }
         }
     }
     return first << drop;
+}
+
+// Where to begin: above this key there is at least `limit` of a row's weights, which are `total`.
+MK_HD uint32_t cutoff_begin(const Distribution& d, uint64_t limit, uint64_t total, int vocab,
+                            uint32_t top, int drop) {
+    if (limit <= kWeightOfMax) return ((top >> drop) - 1) << drop;
+    return key_of_weight(d, total > limit ? (total - limit) / static_cast<uint64_t>(vocab) : 0,
+                         drop);
 }
 
 // What the tokens above top-p's cutoff must weigh less than.
@@ -540,26 +600,25 @@ class SerialAcceptance {
             set_bound(d, r_, entropy);
             return d;
         }
-        const auto above = [&](bool count) {
-            return [&, count](const uint32_t* pivots, uint32_t last, uint64_t (&sums)[kPivots]) {
-                for (int i = 0; i < a_.vocab; ++i) {
-                    const uint32_t key = order_key(to_float(x[i])) >> kDropBits<scalar_t>;
-                    if (key <= pivots[0] || key > last) continue;
-                    const uint32_t weight = count ? 1 : d.weight(to_float(x[i]));
-                    for (int j = 0; j < kPivots; ++j) sums[j] += key > pivots[j] ? weight : 0;
-                }
-            };
-        };
         const uint32_t top = static_cast<uint32_t>(best >> 32);
-        if (r_.top_k > 0 && r_.top_k < a_.vocab) {
-            uint64_t kept = a_.vocab;
-            d.cutoff = find_cutoff(r_.top_k, 0, top, kDropBits<scalar_t>, &kept, above(true));
-        }
+        constexpr int kDrop = kDropBits<scalar_t>;
+        const auto cut = [&](bool by_count, uint64_t limit, uint64_t* kept) {
+            const Distribution counts = by_count ? d.flat() : d;
+            const uint32_t begin = cutoff_begin(d, limit, d.total, a_.vocab, top, kDrop);
+            d.cutoff = find_cutoff(limit, begin > d.cutoff ? begin : d.cutoff, top, kDrop, kept,
+                                   [&](const float* bounds, uint64_t (&sums)[kPivots]) {
+                                       for (int i = 0; i < a_.vocab; ++i) {
+                                           const float v = to_float(x[i]);
+                                           const uint32_t weight = counts.weight(v);
+                                           for (int j = 0; j < kPivots; ++j)
+                                               sums[j] += v >= bounds[j] ? weight : 0;
+                                       }
+                                   });
+        };
+        uint64_t count;
+        if (r_.top_k > 0 && r_.top_k < a_.vocab) cut(true, r_.top_k * kWeightOfMax, &count);
         d.total = total();
-        if (r_.top_p < 1.0f) {
-            d.cutoff = find_cutoff(top_p_limit(r_.top_p, d.total), d.cutoff, top,
-                                   kDropBits<scalar_t>, &d.total, above(false));
-        }
+        if (r_.top_p < 1.0f) cut(false, top_p_limit(r_.top_p, d.total), &d.total);
         return d;
     }
 

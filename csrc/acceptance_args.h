@@ -22,17 +22,25 @@ using torch::stable::Tensor;
 // accept_length, path, last_node, tokens, next_token, finished
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int64_t columns = 0) {
+// In a storage of its own, or in that of `pool` from byte `offset` on.
+inline Tensor new_tensor(const Tensor& like, ScalarType type, int64_t rows, int64_t columns = 0,
+                         const Tensor* pool = nullptr, int64_t offset = 0) {
     const int64_t sizes[2] = {rows, columns}, strides[2] = {columns ? columns : 1, 1};
+    const int64_t dim = columns ? 2 : 1;
     const int32_t dtype = type == ScalarType::Int    ? aoti_torch_dtype_int32()
                           : type == ScalarType::Long ? aoti_torch_dtype_int64()
                           : type == ScalarType::Byte ? aoti_torch_dtype_uint8()
                                                      : aoti_torch_dtype_bool();
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-        columns ? 2 : 1, sizes, strides, dtype,
-        like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
-        like.get_device_index(), &handle));
+    if (pool) {
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch__alloc_from_pool(pool->get(), offset, dtype, dim, sizes, strides, &handle));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+            dim, sizes, strides, dtype,
+            like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(),
+            like.get_device_index(), &handle));
+    }
     return Tensor(handle);
 }
 
@@ -48,9 +56,9 @@ inline void check_argument(const char* name, const Tensor& x, const Tensor& logi
         for (int64_t i = 0; i < x.dim(); ++i) got << (i ? ", " : "") << x.size(i);
         value_error(name, ": expected shape [", want.str(), "], got [", got.str(), "]");
     }
-    MK_CHECK_VALUE(
-        x.is_cuda() == logits.is_cuda() && x.get_device_index() == logits.get_device_index(), name,
-        ": expected a tensor on the device of logits");
+    MK_CHECK_VALUE(x.is_cuda() == logits.is_cuda() && x.is_cpu() == logits.is_cpu() &&
+                       x.get_device_index() == logits.get_device_index(),
+                   name, ": expected a tensor on the device of logits");
     const int64_t last = x.dim() - 1;
     MK_CHECK_VALUE(x.size(last) <= 1 || x.stride(last) == 1, name,
                    ": the last dimension must be contiguous");
@@ -64,30 +72,51 @@ PerRequest<T> per_request(const char* name, const std::optional<Tensor>& values,
     return {static_cast<const T*>(values->data_ptr()), value};
 }
 
-inline Outputs accept_outputs(AcceptArgs& a, const Tensor& logits) {
-    Tensor accept_length = new_tensor(logits, ScalarType::Int, a.batch);
-    Tensor path = new_tensor(logits, ScalarType::Int, a.batch, a.max_depth + 1);
-    Tensor last_node = new_tensor(logits, ScalarType::Int, a.batch);
-    Tensor tokens = new_tensor(logits, ScalarType::Long, a.batch, a.max_depth + 1);
-    Tensor next_token = new_tensor(logits, ScalarType::Long, a.batch);
-    Tensor finished = new_tensor(logits, ScalarType::Bool, a.batch);
-    a.accept_length = static_cast<int32_t*>(accept_length.data_ptr());
-    a.path = static_cast<int32_t*>(path.data_ptr());
-    a.last_node = static_cast<int32_t*>(last_node.data_ptr());
-    a.out_tokens = static_cast<int64_t*>(tokens.data_ptr());
-    a.next_token = static_cast<int64_t*>(next_token.data_ptr());
-    a.finished = static_cast<bool*>(finished.data_ptr());
-    return {accept_length, path, last_node, tokens, next_token, finished};
+template <typename Args>
+void take_eos(Args& a, const std::optional<Tensor>& eos_values, const std::vector<int64_t>& eos,
+              const Tensor& logits) {
+    if (eos_values) {
+        MK_CHECK_VALUE(eos_values->dim() == 1, "eos_token_id: expected shape [n], got ",
+                       eos_values->dim(), " dimensions");
+        check_argument("eos_token_id", *eos_values, logits, ScalarType::Long, "torch.int64",
+                       {eos_values->size(0)});
+        a.eos = static_cast<const int64_t*>(eos_values->data_ptr());
+        a.num_eos = static_cast<int32_t>(eos_values->size(0));
+    } else {
+        MK_CHECK_VALUE(eos.size() <= kMaxEos, "eos_token_id: at most ", kMaxEos,
+                       " as integers, got ", eos.size(), ": pass a tensor");
+        a.num_eos = static_cast<int32_t>(eos.size());
+        for (size_t i = 0; i < eos.size(); ++i) a.eos_value[i] = eos[i];
+    }
 }
 
+// With `share_storage` in one allocation: six of them, and six frees, take the host longer than the
+// launch. An operator in a compiler's graph may not do so.
+inline Outputs accept_outputs(AcceptArgs& a, const Tensor& logits, bool share_storage) {
+    const int64_t columns = a.max_depth + 1,
+                  bytes = (a.batch * columns + 1) / 2 * 16;  // of each, at most: aligned to 16
+    std::optional<Tensor> pool;
+    if (share_storage) pool = new_tensor(logits, ScalarType::Byte, 6 * bytes);
+    int64_t offset = 0;
+    const auto take = [&](ScalarType type, int64_t columns, auto*& pointer) {
+        const Tensor x =
+            new_tensor(logits, type, a.batch, columns, pool ? &*pool : nullptr, offset);
+        pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(x.data_ptr());
+        offset += bytes;
+        return x;
+    };
+    return {
+        take(ScalarType::Int, 0, a.accept_length), take(ScalarType::Int, columns, a.path),
+        take(ScalarType::Int, 0, a.last_node),     take(ScalarType::Long, columns, a.out_tokens),
+        take(ScalarType::Long, 0, a.next_token),   take(ScalarType::Bool, 0, a.finished)};
+}
+
+// numbers: mode, temperature, posterior_threshold, posterior_alpha, top_k, top_p of all requests;
+// -1: each has its own in the next of `values`.
 inline AcceptArgs accept_args(const Tensor& logits, const Tensor& tokens, const Tensor& parents,
                               const std::optional<Tensor>& num_nodes, int64_t max_depth,
-                              const std::optional<Tensor>& mode_values, int64_t mode,
-                              const std::optional<Tensor>& temperature_values, double temperature,
-                              const std::optional<Tensor>& threshold_values, double threshold,
-                              const std::optional<Tensor>& alpha_values, double alpha,
-                              const std::optional<Tensor>& top_k_values, int64_t top_k,
-                              const std::optional<Tensor>& top_p_values, double top_p,
+                              const std::vector<double>& numbers,
+                              const std::optional<std::vector<Tensor>>& values,
                               const std::optional<Tensor>& max_tokens_values, int64_t max_tokens,
                               const std::optional<Tensor>& eos_values,
                               const std::vector<int64_t>& eos,
@@ -131,46 +160,39 @@ inline AcceptArgs accept_args(const Tensor& logits, const Tensor& tokens, const 
     a.num_nodes =
         per_request<int32_t>("tree.num_nodes", num_nodes, 0, logits, ScalarType::Int, "torch.int32")
             .values;
+    a.max_tokens = per_request("max_tokens", max_tokens_values, static_cast<int32_t>(max_tokens),
+                               logits, ScalarType::Int, "torch.int32");
     a.batch = static_cast<int32_t>(batch);
     a.size = static_cast<int32_t>(size);
     a.vocab = static_cast<int32_t>(vocab);
     a.max_depth = static_cast<int32_t>(max_depth);
-    a.mode = per_request("mode", mode_values, static_cast<int8_t>(mode), logits, ScalarType::Char,
-                         "torch.int8");
-    const auto floats = [&](const char* name, const std::optional<Tensor>& values, double value) {
-        return per_request(name, values, static_cast<float>(value), logits, ScalarType::Float,
-                           "torch.float32");
+    MK_CHECK_VALUE(numbers.size() == 6, "numbers: expected 6, got ", numbers.size());
+    size_t number = 0, value = 0;
+    const auto option = [&](const char* name, auto& result, ScalarType dtype,
+                            const char* dtype_name) {
+        const double x = numbers[number++];
+        if (x == -1.0) {
+            MK_CHECK_VALUE(values && value < values->size(), name, ": expected a tensor in values");
+            check_argument(name, (*values)[value], logits, dtype, dtype_name, {batch});
+            result.values = static_cast<decltype(result.values)>((*values)[value++].data_ptr());
+        } else {
+            result.value = static_cast<decltype(result.value)>(x);
+        }
     };
-    const auto ints = [&](const char* name, const std::optional<Tensor>& values, int64_t value) {
-        return per_request(name, values, static_cast<int32_t>(value), logits, ScalarType::Int,
-                           "torch.int32");
-    };
-    a.temperature = floats("temperature", temperature_values, temperature);
-    a.threshold = floats("posterior_threshold", threshold_values, threshold);
-    a.alpha = floats("posterior_alpha", alpha_values, alpha);
-    a.top_p = floats("top_p", top_p_values, top_p);
-    a.top_k = ints("top_k", top_k_values, top_k);
-    a.max_tokens = ints("max_tokens", max_tokens_values, max_tokens);
-    if (eos_values) {
-        MK_CHECK_VALUE(eos_values->dim() == 1, "eos_token_id: expected shape [n], got ",
-                       eos_values->dim(), " dimensions");
-        check_argument("eos_token_id", *eos_values, logits, ScalarType::Long, "torch.int64",
-                       {eos_values->size(0)});
-        a.eos = static_cast<const int64_t*>(eos_values->data_ptr());
-        a.num_eos = static_cast<int32_t>(eos_values->size(0));
-    } else {
-        MK_CHECK_VALUE(eos.size() <= kMaxEos, "eos_token_id: at most ", kMaxEos,
-                       " as integers, got ", eos.size(), ": pass a tensor");
-        a.num_eos = static_cast<int32_t>(eos.size());
-        for (size_t i = 0; i < eos.size(); ++i) a.eos_value[i] = eos[i];
-    }
+    option("mode", a.mode, ScalarType::Char, "torch.int8");
+    option("temperature", a.temperature, ScalarType::Float, "torch.float32");
+    option("posterior_threshold", a.threshold, ScalarType::Float, "torch.float32");
+    option("posterior_alpha", a.alpha, ScalarType::Float, "torch.float32");
+    option("top_k", a.top_k, ScalarType::Int, "torch.int32");
+    option("top_p", a.top_p, ScalarType::Float, "torch.float32");
+    take_eos(a, eos_values, eos, logits);
     a.has_seed = generator.has_value() || seed.has_value();
     a.seed = seed.value_or(0);
     if (generator) {
         check_argument("seed", *generator, logits, ScalarType::Long, "torch.int64", {2});
         a.generator = static_cast<uint64_t*>(generator->data_ptr());
     }
-    MK_CHECK_VALUE(a.has_seed || mode_values || mode != kSampling,
+    MK_CHECK_VALUE(a.has_seed || a.mode.values || a.mode.value != kSampling,
                    "seed: mode \"sampling\" needs one, got None");
     return a;
 }

@@ -9,20 +9,14 @@ namespace {
 
 Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
                           std::optional<Tensor> num_nodes, int64_t max_depth,
-                          std::optional<Tensor> mode_values, int64_t mode,
-                          std::optional<Tensor> temperature_values, double temperature,
-                          std::optional<Tensor> threshold_values, double threshold,
-                          std::optional<Tensor> alpha_values, double alpha,
-                          std::optional<Tensor> top_k_values, int64_t top_k,
-                          std::optional<Tensor> top_p_values, double top_p,
+                          std::vector<double> numbers, std::optional<std::vector<Tensor>> values,
                           std::optional<Tensor> max_tokens_values, int64_t max_tokens,
                           std::optional<Tensor> eos_values, std::vector<int64_t> eos,
-                          std::optional<Tensor> generator, std::optional<int64_t> seed) {
-    AcceptArgs a = accept_args(logits, tokens, parents, num_nodes, max_depth, mode_values, mode,
-                               temperature_values, temperature, threshold_values, threshold,
-                               alpha_values, alpha, top_k_values, top_k, top_p_values, top_p,
+                          std::optional<Tensor> generator, std::optional<int64_t> seed,
+                          bool share_storage) {
+    AcceptArgs a = accept_args(logits, tokens, parents, num_nodes, max_depth, numbers, values,
                                max_tokens_values, max_tokens, eos_values, eos, generator, seed);
-    const Outputs outputs = accept_outputs(a, logits);
+    const Outputs outputs = accept_outputs(a, logits, share_storage);
     const uint64_t key = a.generator ? a.generator[0] : static_cast<uint64_t>(a.seed);
     const uint64_t offset = a.generator ? a.generator[1] & kOffsetMask : 0;
     torch::stable::parallel_for(0, a.batch, 1, [&](int64_t begin, int64_t end) {

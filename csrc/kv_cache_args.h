@@ -82,6 +82,11 @@ inline KvLayout row_layout(size_t index, const char* data, int64_t element, cons
     return layout;
 }
 
+// As far as a layout depends on it.
+inline bool same_alignment(const char* a, const char* b) {
+    return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15) == 0;
+}
+
 // kv: tensors [*lead, first, second, ...], where lead_dims leading dimensions count caches of their
 // own.
 inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, int64_t lead_dims,
@@ -123,17 +128,34 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
 
     std::vector<int32_t> layout_of;  // of each cache
     std::vector<char*> caches;
+    layout_of.reserve(kv.size());
+    caches.reserve(kv.size());
+    torch::headeronly::IntHeaderOnlyArrayRef all_sizes, all_strides;
+    int64_t element = 0;
+    char* last = nullptr;  // the cache before, if of the same sizes and strides
     for (size_t t = 0; t < kv.size(); ++t) {
         const torch::stable::Tensor& x = kv[t];
         MK_CHECK_VALUE(
             x.is_cuda() == cuda && x.get_device_index() == device && (cuda || x.is_cpu()),
             "kv: tensor ", t, " is not on the device of the others");
+        const auto last_sizes = all_sizes, last_strides = all_strides;
+        const int64_t last_element = element;
+        all_sizes = x.sizes();
+        all_strides = x.strides();
+        element = static_cast<int64_t>(x.element_size());
+        char* data = static_cast<char*>(x.data_ptr());
+        if (last && lead_dims == 0 && element == last_element && all_sizes == last_sizes &&
+            all_strides == last_strides && same_alignment(data, last)) {
+            layout_of.push_back(layout_of.back());
+            caches.push_back(last = data);
+            continue;
+        }
         const int64_t dim = x.dim() - lead_dims;
         MK_CHECK_VALUE(dim >= 2, "kv: tensor ", t, " has ", x.dim(),
                        " dimension(s), expected at least ", lead_dims + 2);
-        const auto all_sizes = x.sizes(), all_strides = x.strides();
         const int64_t *sizes = all_sizes.data() + lead_dims,
                       *strides = all_strides.data() + lead_dims;
+        last = nullptr;
         if (t == 0) {
             MK_CHECK_VALUE(sizes[0] <= std::numeric_limits<int32_t>::max() &&
                                sizes[1] <= std::numeric_limits<int32_t>::max(),
@@ -156,8 +178,6 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
         }
         MK_CHECK_VALUE((sizes[0] == 1 || strides[0] != 0) && (sizes[1] == 1 || strides[1] != 0),
                        "kv: tensor ", t, " is expanded (stride 0) along its slots");
-        const int64_t element = static_cast<int64_t>(x.element_size());
-        char* data = static_cast<char*>(x.data_ptr());
         int64_t lead_size[2] = {1, 1}, lead_stride[2] = {0, 0};
         for (int64_t d = 0; d < lead_dims; ++d) {
             lead_size[d] = all_sizes[d];
@@ -168,6 +188,12 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
         for (int64_t i = 0; i < lead_size[0]; ++i) {
             for (int64_t j = 0; j < lead_size[1]; ++j) {
                 char* cache = data + i * lead_stride[0] + j * lead_stride[1];
+                const bool again = last && same_alignment(cache, last);
+                caches.push_back(last = cache);
+                if (again) {
+                    layout_of.push_back(layout_of.back());
+                    continue;
+                }
                 const KvLayout layout = row_layout(t, cache, element, sizes, strides, dim);
                 size_t l = args.layouts.size();
                 while (l > 0 && !(args.layouts[l - 1] == layout)) --l;
@@ -176,7 +202,6 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
                     l = args.layouts.size();
                 }
                 layout_of.push_back(static_cast<int32_t>(l - 1));
-                caches.push_back(cache);
             }
         }
     }

@@ -7,14 +7,16 @@ STABLE_TORCH_LIBRARY(medusa_kernels, m) {
     m.def(
         "compact_kv_cache(Tensor(a!)[] kv, int lead_dims, Tensor path, Tensor accept_length, "
         "Tensor(b!) cache_seqlens, Tensor? block_table) -> ()");
-    // A parameter of each request is a tensor [batch], or else the number after it.
+    // Few arguments, as the host takes as long for each as for a check of it. `numbers`, `values`
+    // and `share_storage`: see csrc/acceptance_args.h.
     m.def(
         "accept_candidates(Tensor logits, Tensor tokens, Tensor parents, Tensor? num_nodes, int "
-        "max_depth, "
-        "Tensor? modes, int accept_mode, Tensor? temperatures, float temperature, Tensor? "
-        "thresholds, float threshold, "
-        "Tensor? alphas, float alpha, Tensor? top_ks, int top_k, Tensor? top_ps, float top_p, "
-        "Tensor? all_max_tokens, "
-        "int max_tokens, Tensor? eos_tensor, int[] eos, Tensor(a!)? generator, int? seed) "
+        "max_depth, float[] numbers, Tensor[]? values, Tensor? all_max_tokens, int max_tokens, "
+        "Tensor? eos_tensor, int[] eos, Tensor(a!)? generator, int? seed, bool "
+        "share_storage=False) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "finish_step(Tensor accept_length, Tensor last_node, Tensor tokens, Tensor next_token, "
+        "Tensor finished, Tensor(a!) max_tokens, Tensor(b!) root, Tensor? eos_tensor, int[] eos, "
+        "Tensor? hidden, Tensor(c!)? last_hidden) -> (Tensor, Tensor)");
 }

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,15 +31,20 @@ HAS_CPU_OPS = _load("_ops_cpu")  # and the schemas
 HAS_CUDA_OPS = HAS_CPU_OPS and torch.version.cuda is not None and _load("_ops_cuda")
 
 
-def op(name: str, device: torch.device) -> Any:
+def op(name: str, on_cuda: bool) -> Any:
     """The compiled operator `medusa_kernels::name`; RuntimeError with the build command where it was not built."""
-    if device.type == "cuda":
-        if HAS_CUDA_OPS:
-            return getattr(torch.ops.medusa_kernels, name).default
-        raise RuntimeError(_missing(name, "CUDA", "_ops_cuda"))
-    if not HAS_CPU_OPS:
+    if on_cuda:
+        if not HAS_CUDA_OPS:
+            raise RuntimeError(_missing(name, "CUDA", "_ops_cuda"))
+    elif not HAS_CPU_OPS:
         raise RuntimeError(_missing(name, "C++", "_ops_cpu"))
-    return getattr(torch.ops.medusa_kernels, name).default
+    return _overload(name)
+
+
+@cache
+def _overload(name: str) -> Any:
+    overload = getattr(torch.ops.medusa_kernels, name).default
+    return getattr(overload, "_op", overload)  # what the overload calls, with its arguments packed once more
 
 
 def _missing(name: str, what: str, library: str) -> str:
@@ -119,12 +125,22 @@ if HAS_CPU_OPS:
                 raise ValueError(f"{name}: expected a tensor on {kv[0].device}, got one on {x.device}")
 
     @torch.library.register_fake("medusa_kernels::accept_candidates")
-    def _(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor | None, max_depth: int, *_: Any) -> Any:
+    def _(
+        logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor | None, max_depth: int, numbers: list[float],
+        values: list[Tensor] | None, *others: Any,
+    ) -> Any:  # fmt: skip
         # Also what runs when one tensor of an eager call is on the meta device.
-        if any(isinstance(x, Tensor) and x.device != logits.device for x in (tokens, parents, num_nodes, *_)):
+        tensors = (tokens, parents, num_nodes, *(values or ()), *others)
+        if any(isinstance(x, Tensor) and x.device != logits.device for x in tensors):
             raise RuntimeError(f"accept_candidates: expected all tensors on {logits.device}")
         batch = logits.shape[0]
         each, path = (batch,), (batch, max_depth + 1)
         ints = [logits.new_empty(shape, dtype=torch.int32) for shape in (each, path, each)]
         longs = [logits.new_empty(shape, dtype=torch.int64) for shape in (path, each)]
         return (*ints, *longs, logits.new_empty(each, dtype=torch.bool))
+
+    @torch.library.register_fake("medusa_kernels::finish_step")
+    def _(
+        accept_length: Tensor, last_node: Tensor, tokens: Tensor, next_token: Tensor, finished: Tensor, *_: Any
+    ) -> Any:  # fmt: skip
+        return tokens.new_empty(tokens.shape[0], tokens.shape[1] + 1), torch.empty_like(finished)

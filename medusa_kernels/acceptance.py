@@ -1,6 +1,5 @@
 """Acceptance of a path of a draft tree, straight from the model's logits."""
 
-import math
 import operator
 from collections.abc import Sequence
 from enum import IntEnum
@@ -33,7 +32,8 @@ class Acceptance(NamedTuple):
     finished: Tensor  # [B] bool
 
 
-_MODES: dict[object, int] = {m.name.lower(): m for m in AcceptMode} | {m: m for m in AcceptMode}
+_MODES: dict[object, float] = {key: float(m) for m in AcceptMode for key in (m.name.lower(), m)}
+_SAMPLING = float(AcceptMode.SAMPLING)
 _NO_LIMIT = 2**31 - 1
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -102,78 +102,89 @@ def accept_candidates(
     """
     if not isinstance(tree, TokenTree):
         raise TypeError(f"tree: expected a TokenTree, got {type(tree).__name__}")
-    modes, mode_value = _mode(mode)
-    temperatures, temperature_value = _number("temperature", temperature, 0.0, _FLOAT32_MAX)
-    thresholds, threshold_value = _number("posterior_threshold", posterior_threshold, 0.0, _FLOAT32_MAX)
-    alphas, alpha_value = _number("posterior_alpha", posterior_alpha, 0.0, _FLOAT32_MAX)
-    top_ks, top_k_value = (None, 0) if top_k is None else _integer("top_k", top_k, 1)
-    top_ps, top_p_value = (None, 1.0) if top_p is None else _number("top_p", top_p, 0.0, 1.0)
-    if top_p_value == 0.0:
+    values: list[Tensor] = []
+    numbers = [
+        _mode(mode, values),
+        _number("temperature", temperature, _FLOAT32_MAX, values),
+        _number("posterior_threshold", posterior_threshold, _FLOAT32_MAX, values),
+        _number("posterior_alpha", posterior_alpha, _FLOAT32_MAX, values),
+        0.0 if top_k is None else float(_integer("top_k", top_k, 1, values)),
+        1.0 if top_p is None else _number("top_p", top_p, 1.0, values),
+    ]
+    if numbers[5] == 0.0:
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p}")
-    limits, limit = (None, _NO_LIMIT) if max_tokens is None else _integer("max_tokens", max_tokens, 0)
+    if isinstance(max_tokens, Tensor):
+        limits, limit = max_tokens, 0
+    else:
+        limits, limit = None, _NO_LIMIT if max_tokens is None else _integer("max_tokens", max_tokens, 0)
     eos_tensor, eos = _eos(eos_token_id)
     generator, seed_value = _seed(seed)
-    if seed is None and modes is None and mode_value == AcceptMode.SAMPLING:
+    if seed is None and numbers[0] == _SAMPLING:
         raise ValueError('seed: mode "sampling" needs an int or a [2] int64 tensor, got None')
     arguments = (
-        logits, tokens, tree.parents, tree.num_nodes, tree.max_depth, modes, mode_value, temperatures,
-        temperature_value, thresholds, threshold_value, alphas, alpha_value, top_ks, top_k_value, top_ps, top_p_value,
-        limits, limit, eos_tensor, eos, generator, seed_value,
+        logits, tokens, tree.parents, tree.num_nodes, tree.max_depth, numbers, values or None, limits, limit,
+        eos_tensor, eos, generator, seed_value,
     )  # fmt: skip
     if torch.compiler.is_compiling():
         return Acceptance(*torch.ops.medusa_kernels.accept_candidates(*arguments))
     try:
-        return Acceptance(*_ops.op("accept_candidates", logits.device)(*arguments))
+        return Acceptance(*_ops.op("accept_candidates", logits.is_cuda)(*arguments, True))
     except (AttributeError, TypeError, RuntimeError) as error:
         check_tensor("logits", logits, shape=(None, tree.size, None))
         check_tensor("tokens", tokens, shape=tuple(logits.shape[:2]), dtype=torch.int64, device=logits.device)
-        for i, name in _TENSORS.items():
-            if isinstance(arguments[i], Tensor):
-                check_tensor(name, arguments[i], device=logits.device)
+        others = {
+            "tree": tree.parents, "tree.num_nodes": tree.num_nodes, "mode": mode, "temperature": temperature,
+            "posterior_threshold": posterior_threshold, "posterior_alpha": posterior_alpha, "top_k": top_k,
+            "top_p": top_p, "max_tokens": max_tokens, "eos_token_id": eos_token_id, "seed": seed,
+        }  # fmt: skip
+        for name, x in others.items():
+            if isinstance(x, Tensor):
+                check_tensor(name, x, device=logits.device)
         _ops.reraise(error)
 
 
-_TENSORS = {
-    1: "tokens", 2: "tree", 3: "tree.num_nodes", 5: "mode", 7: "temperature", 9: "posterior_threshold",
-    11: "posterior_alpha", 13: "top_k", 15: "top_p", 17: "max_tokens", 19: "eos_token_id", 21: "seed",
-}  # fmt: skip
+# A parameter of each request as the operator takes it: a number, or -1 and a tensor more in `values`.
 
 
-# A parameter of each request as the operator takes it: a tensor, or None and a number.
-
-
-def _mode(mode: object) -> tuple[Tensor | None, int]:
-    if isinstance(mode, Tensor):
-        return mode, 0
-    value = _MODES.get(mode) if isinstance(mode, str | AcceptMode) else None
+def _mode(mode: object, values: list[Tensor]) -> float:
+    value = _MODES.get(mode) if isinstance(mode, (str, AcceptMode)) else None
     if value is None:
+        if isinstance(mode, Tensor):
+            values.append(mode)
+            return -1.0
         error = ValueError if isinstance(mode, str) else TypeError
         raise error(f'mode: expected "greedy", "typical", "sampling" or a tensor of AcceptMode, got {mode!r}')
-    return None, int(value)
+    return value
 
 
-def _number(name: str, value: object, low: float, high: float) -> tuple[Tensor | None, float]:
+def _number(name: str, value: object, high: float, values: list[Tensor]) -> float:
+    if type(value) is float and 0.0 <= value <= high:
+        return value
     if isinstance(value, Tensor):
-        return value, 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        values.append(value)
+        return -1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    if not low <= value <= high or math.isnan(value):
-        raise ValueError(
-            f"{name}: expected a finite number >= {low:g}{'' if high > 1 else f', <= {high:g}'}, got {value}"
-        )
-    return None, float(value)
+    if not 0.0 <= value <= high:  # nor NaN
+        raise ValueError(f"{name}: expected a finite number >= 0{'' if high > 1 else ', <= 1'}, got {value}")
+    return float(value)
 
 
-def _integer(name: str, value: object, low: int) -> tuple[Tensor | None, int]:
-    if isinstance(value, Tensor):
-        return value, 0
+def _integer(name: str, value: object, low: int, values: list[Tensor] | None = None) -> int:
+    if type(value) is int and low <= value <= _NO_LIMIT:
+        return value
+    if values is not None and isinstance(value, Tensor):
+        values.append(value)
+        return -1
     number = _index(name, value)
     if number < low:
         raise ValueError(f"{name}: expected an integer >= {low}, got {number}")
-    return None, min(number, _NO_LIMIT)
+    return min(number, _NO_LIMIT)
 
 
 def _index(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, bool):
         raise TypeError(f"{name}: expected an integer, got bool")
     try:

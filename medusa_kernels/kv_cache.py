@@ -1,7 +1,7 @@
 """Compaction of the KV cache to the accepted path of a tree."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -45,14 +45,14 @@ def compact_kv_cache(
         caches, lead_dims = [kv], 2
     else:
         try:
-            caches, lead_dims = [cache for layer in kv for cache in layer], 0
+            caches, lead_dims = list(chain.from_iterable(kv)), 0
         except TypeError:
             raise TypeError(f"kv: expected a tensor, or a tuple of tensors for each layer, got {_kind(kv)}") from None
     if torch.compiler.is_compiling():
         torch.ops.medusa_kernels.compact_kv_cache(caches, lead_dims, path, accept_length, cache_seqlens, block_table)
         return
     try:
-        op = _ops.op("compact_kv_cache", caches[0].device)
+        op = _ops.op("compact_kv_cache", caches[0].is_cuda)
         if debug_enabled():
             _check_values(caches[0], lead_dims, path, accept_length, cache_seqlens, block_table)
         op(caches, lead_dims, path, accept_length, cache_seqlens, block_table)

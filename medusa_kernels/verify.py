@@ -6,18 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import acceptance
+from . import _ops, acceptance
 from ._checks import check_tensor
 from .acceptance import Acceptance, AcceptMode, accept_candidates
 from .kv_cache import compact_kv_cache
 from .tree import TokenTree
-
-_lib = torch.library.Library("medusa_kernels", "FRAGMENT")
-_lib.define(
-    "finish_step(Tensor accept_length, Tensor last_node, Tensor tokens, Tensor next_token, Tensor finished, "
-    "Tensor(a!) max_tokens, Tensor(b!) root, Tensor? eos_tensor, int[] eos, Tensor? hidden, Tensor(c!)? last_hidden) "
-    "-> (Tensor, Tensor)"
-)
 
 
 class VerifiedStep(NamedTuple):
@@ -100,7 +93,9 @@ def finish_step(
 ) -> VerifiedStep:
     """The last part of `verify_step`: budgets, next roots and new tokens of requests whose path has been accepted."""
     eos_tensor, eos = acceptance._eos(eos_token_id)
-    report, done = torch.ops.medusa_kernels.finish_step(
+    compiling = torch.compiler.is_compiling()
+    op = torch.ops.medusa_kernels.finish_step if compiling else _ops.op("finish_step", max_tokens.is_cuda)
+    report, done = op(
         accepted.accept_length, accepted.last_node, accepted.tokens, accepted.next_token, accepted.finished,
         max_tokens, root, eos_tensor, eos, hidden, last_hidden,
     )  # fmt: skip
@@ -121,36 +116,3 @@ def _check_state(tokens, max_tokens, root, hidden, last_hidden) -> None:
         shape = (batch, hidden.shape[2])
         check_tensor("last_hidden", last_hidden, shape=shape, dtype=hidden.dtype, device=tokens.device,
                      last_dim_contiguous=True)  # fmt: skip
-
-
-def _launch(*arguments) -> tuple[Tensor, Tensor]:
-    from ._triton import verify_step as kernels
-
-    return kernels.finish_step(*arguments)
-
-
-def _on_cpu(
-    accept_length, last_node, tokens, next_token, finished, max_tokens, root, eos_tensor, eos, hidden, last_hidden
-) -> tuple[Tensor, Tensor]:
-    takes_part, goes_on = accept_length >= 0, next_token >= 0
-    ends = finished | torch.isin(next_token, torch.tensor(eos, dtype=torch.int64) if eos_tensor is None else eos_tensor)
-    left = max_tokens - accept_length - 1
-    done = torch.where(takes_part, ends | (left <= 1), max_tokens <= 0)
-    max_tokens.copy_(torch.where(takes_part, torch.where(done, 0, left), max_tokens))
-    root.copy_(torch.where(goes_on, next_token, root))
-    # The path's tokens without the root's, and the next root after them.
-    report = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1), done.unsqueeze(1)], 1)
-    report.scatter_(1, accept_length.long().clamp(min=0).unsqueeze(1), next_token.unsqueeze(1))
-    if hidden is not None:
-        rows = hidden[torch.arange(len(root)), last_node.long().clamp(min=0)]
-        last_hidden.copy_(torch.where(goes_on.unsqueeze(1), rows, last_hidden))
-    return report, done
-
-
-def _fake(accept_length, last_node, tokens, next_token, finished, *_) -> tuple[Tensor, Tensor]:
-    return tokens.new_empty(tokens.shape[0], tokens.shape[1] + 1), torch.empty_like(finished)
-
-
-_lib.impl("finish_step", _launch, "CUDA")
-_lib.impl("finish_step", _on_cpu, "CPU")
-torch.library.register_fake("medusa_kernels::finish_step", _fake, lib=_lib)

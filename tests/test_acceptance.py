@@ -363,8 +363,8 @@ def test_philox_known_answers():
 
 def op_arguments(logits, tokens, tree, mode, generator):
     return (
-        logits, tokens, tree.parents, tree.num_nodes, tree.max_depth, None, int(mode), None, 0.8, None, 0.09, None, 0.3,
-        None, 4, None, 0.9, None, 5, None, [1], generator, None,
+        logits, tokens, tree.parents, tree.num_nodes, tree.max_depth, [float(mode), -1.0, 0.09, 0.3, 4.0, 0.9],
+        [torch.full((len(logits),), 0.8, device=logits.device)], None, 5, None, [1], generator, None,
     )  # fmt: skip
 
 

@@ -1,25 +1,16 @@
-"""verify_step: against the reference on random cases, by hand, and its kernel against the CPU's path."""
+"""verify_step: against the reference on random cases, and by hand."""
 
 import copy
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from medusa_kernels import TokenTree, reference, verify, verify_step
-from medusa_kernels._triton import verify_step as kernels
 
 VOCAB = 6  # few tokens, so that drafts are often right
-interpreter = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="the interpreter is off where a GPU is there"
-)
 
 
 @dataclass
@@ -123,24 +114,6 @@ def test_random_cases(paged):
         seen["goes on"] += int((~got.done).sum())
         seen["padded"] += int((got.accepted.accept_length < 0).sum())
     assert min(seen.values()) > 20, seen
-
-
-@interpreter
-def test_kernel_equals_the_cpus_path():
-    for seed in range(60):
-        case = make_case(seed)
-        step = case.call(verify_step)  # an acceptance; its bookkeeping below is done anew
-        eos_tensor, eos = verify.acceptance._eos(case.options.get("eos_token_id"))
-        states, outs = [], []
-        for finish in (verify._on_cpu, kernels.finish_step):
-            fresh = make_case(seed)
-            a = step.accepted
-            hidden, last_hidden = (fresh.options.get(name) for name in ("hidden", "last_hidden"))
-            outs.append(finish(a.accept_length, a.last_node, a.tokens, a.next_token, a.finished, fresh.max_tokens,
-                               fresh.root, eos_tensor, eos, hidden, last_hidden))  # fmt: skip
-            states.append([fresh.max_tokens, fresh.root] + ([] if last_hidden is None else [last_hidden]))
-        assert_equal(list(outs[1]), list(outs[0]))
-        assert_equal(states[1], states[0])
 
 
 def by_hand(max_tokens: int, eos=None, num_nodes: int = 4) -> tuple[verify.VerifiedStep, Case]:
@@ -260,32 +233,6 @@ def test_bad_input(name, change, error):
 
 
 # ---- torch.compile, opcheck, and on a GPU ----
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from medusa_kernels._triton.verify_step import finish_step_kernel as kernel
-
-types = dict.fromkeys(("accept_length_ptr", "last_node_ptr", "max_tokens_ptr"), "*i32")
-types |= dict.fromkeys(("tokens_ptr", "next_token_ptr", "root_ptr", "eos_ptr", "report_ptr"), "*i64")
-types |= {"finished_ptr": "*i1", "done_ptr": "*i1", "hidden_ptr": "*bf16", "last_hidden_ptr": "*bf16"}
-for arch, eos, block_eos, block_h in ((80, (2, 128009), 0, 2048), (90, (), 4, 2048), (100, (), 0, 0)):
-    constants = {"EOS": eos, "BLOCK_EOS": block_eos, "BLOCK_P": 8, "BLOCK_H": block_h}
-    absent = ([] if block_eos else ["eos_ptr"]) + ([] if block_h else ["hidden_ptr", "last_hidden_ptr"])
-    constants |= dict.fromkeys(absent)
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
-    triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4})
-    print("compiled", arch)
-"""
-
-
-def test_kernel_compiles():
-    """For each architecture and kind of EOS; in a process of its own, as the interpreter must be off."""
-    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["compiled", "80", "compiled", "90", "compiled", "100"], done.stderr[-2000:]
 
 
 def check_op(device) -> None:

@@ -1,0 +1,912 @@
+// accept_candidates on the GPU, one launch: its kernel. A row of logits is shared by a cluster of
+// blocks (one block where it fits in that's shared memory, and before sm_90), which keeps it in
+// shared memory while it is reduced over and over.
+//
+// For few requests, the rows of all nodes are measured first, in parallel, and the last block to
+// arrive walks the tree. For many requests, one cluster a request measures only the rows that its
+// walk comes to: leaves never, but for the token after the path's end.
+//
+// For nvcc; or for a C++ compiler, where tests/cuda_on_cpu/cuda_on_cpu.h has CUDA's names and those
+// of arrivals.h and namespace ptx.
+#pragma once
+
+#include "acceptance.h"
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "arrivals.h"
+#define MK_CLUSTERS (__CUDA_ARCH__ >= 900)
+
+namespace medusa_kernels::gpu::ptx {
+
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// 16 bytes to shared memory, without waiting for them.
+__device__ __forceinline__ void copy(uint4* to, const uint4* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// A load that nothing uses.
+__device__ __forceinline__ void touch(int32_t word) { asm volatile("" ::"r"(word)); }
+
+// The greater of two, or of two pairs of 16-bit ones; NaN if there is one.
+template <typename scalar_t>
+__device__ __forceinline__ uint32_t max_or_nan(uint32_t a, uint32_t b) {
+    uint32_t x;
+    if constexpr (sizeof(scalar_t) == 4) {
+        asm("max.NaN.f32 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    } else if constexpr (std::is_same_v<scalar_t, __half>) {
+        asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    } else {
+        asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+    }
+    return x;
+}
+
+}  // namespace medusa_kernels::gpu::ptx
+
+#else
+#include "cuda_on_cpu.h"
+#endif
+
+namespace medusa_kernels::gpu {
+
+namespace cg = cooperative_groups;
+
+constexpr int kThreads = 512, kWarps = kThreads / 32, kBlocksPerSM = 2;
+constexpr int kPortableCluster = 8, kMaxCluster = 16;
+constexpr int kResident = 8;  // 16-byte vectors of a row that a thread keeps at most
+constexpr int kLoads = 4;     // of those, at once
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+static_assert(kThreads >= kMaxTreeNodes, "a thread has at most one node");
+
+// Clusters of a request that have measured their rows; 0 between launches. Two halves: eager
+// launches, captured ones.
+__device__ uint32_t accept_arrivals[2 * kArrivals];
+
+struct AcceptParams {
+    AcceptArgs a;
+    Distribution* measured;  // [batch, size] where there are several groups of blocks a request
+    int32_t first_arrival;
+};
+
+template <typename scalar_t>
+constexpr int kDropBits = 0;  // low bits of an order key in which no two logits differ
+template <>
+inline constexpr int kDropBits<__nv_bfloat16> = 16;
+template <>
+inline constexpr int kDropBits<__half> = 13;
+
+struct Shared {
+    Request request;
+    Distribution dist[kMaxTreeNodes];  // of measured nodes
+    int64_t tokens[kMaxTreeNodes];
+    uint64_t partial[kWarps][kPivots];
+    uint64_t block[2][kMaxCluster][kPivots];  // each block's part, which it puts here; in turns
+    uint32_t first[2];                        // where the block's greatest logit is; in turns
+    uint64_t units[kWarps];                   // weight of each warp's part of a row
+    uint64_t draw, seed, offset;
+    int64_t next;
+    int32_t parents[kMaxTreeNodes], depth[kMaxTreeNodes], path[kMaxTreeNodes];
+    short2 hops[2][kMaxTreeNodes];  // the node that far up, -1 if one below it is rejected; how far
+    float score[kMaxTreeNodes];
+    uint32_t weights[kMaxTreeNodes];
+    uint32_t inner[kNodeWords], accepted[kNodeWords], kids[kNodeWords], measured[kNodeWords];
+    uint32_t deepest, first_eos;
+    int32_t picked, unit;
+    uint32_t last;
+};
+
+// The blocks that share a row.
+struct Cluster {
+    __device__ static int rank() {
+#if MK_CLUSTERS
+        return cg::this_cluster().block_rank();
+#else
+        return 0;
+#endif
+    }
+    __device__ static int blocks() {
+#if MK_CLUSTERS
+        return cg::this_cluster().num_blocks();
+#else
+        return 1;
+#endif
+    }
+    __device__ static void sync() {
+#if MK_CLUSTERS
+        cg::this_cluster().sync();
+#else
+        __syncthreads();
+#endif
+    }
+    // A block may put something into another's shared memory only once that has begun: it says so
+    // with start(), and started() waits for all of them.
+    __device__ static void start() {
+#if MK_CLUSTERS
+        ptx::cluster_arrive();
+#endif
+    }
+    __device__ static void started() {
+#if MK_CLUSTERS
+        ptx::cluster_wait();
+#endif
+    }
+    template <typename T>
+    __device__ static T* of(T* shared, int rank) {
+#if MK_CLUSTERS
+        return cg::this_cluster().map_shared_rank(shared, rank);
+#else
+        return shared;
+#endif
+    }
+};
+
+__device__ __forceinline__ uint64_t shuffle(uint64_t x, int lane) {
+    return __shfl_sync(kAllLanes, static_cast<unsigned long long>(x), lane);
+}
+
+// Reductions over a warp, each of kValues values, to all lanes.
+struct Max {
+    template <int kValues>
+    __device__ static void reduce(uint64_t* values) {
+#pragma unroll
+        for (int k = 0; k < kValues; ++k) {
+            const uint32_t mine = static_cast<uint32_t>(values[k] >> 32);
+            const uint32_t high = __reduce_max_sync(kAllLanes, mine);
+            const uint32_t low =
+                __reduce_max_sync(kAllLanes, mine == high ? static_cast<uint32_t>(values[k]) : 0u);
+            values[k] = uint64_t(high) << 32 | low;
+        }
+    }
+};
+struct Sum {  // in pieces of 22 bits, whose sums fit in 32
+    template <int kValues>
+    __device__ static void reduce(uint64_t* values) {
+        constexpr uint32_t kMask = (1 << 22) - 1;
+#pragma unroll
+        for (int k = 0; k < kValues; ++k) {
+            const uint64_t x = values[k];
+            const uint32_t low = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(x) & kMask);
+            const uint32_t mid =
+                __reduce_add_sync(kAllLanes, static_cast<uint32_t>(x >> 22) & kMask);
+            const uint32_t high = __reduce_add_sync(kAllLanes, static_cast<uint32_t>(x >> 44));
+            values[k] = low + (uint64_t(mid) << 22) + (uint64_t(high) << 44);
+        }
+    }
+};
+
+constexpr uint32_t kKeyOfNan = 0xFFFFFFFFu;  // above all others
+
+// `kKeeps`: a row fits in shared memory; else it is read again for every reduction.
+template <typename scalar_t, bool kKeeps>
+struct Accept {
+    static constexpr int kVector = 16 / sizeof(scalar_t);
+    using word_t = std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint16_t>;
+    static constexpr uint32_t kLowest = sizeof(scalar_t) == 4              ? 0xFF800000u
+                                        : std::is_same_v<scalar_t, __half> ? 0xFC00FC00u
+                                                                           : 0xFF80FF80u;  // -inf
+
+    const AcceptParams& p;
+    Shared& s;
+    uint4* const kept;  // the block's part of the row at hand; each thread reads only what it wrote
+    const int warp, lane;
+    int blocks;        // of the cluster, as long as it works together
+    const Request& r;  // in shared memory, after load_tree()
+    int turn = 0;      // of s.block and s.first
+    int fetched = -1;  // whose row is in or on its way to `kept`
+    // Of node threadIdx.x: the bits of its logit under its parent; -inf for a token outside the
+    // vocabulary and, when sampling, for one that a sibling before it has.
+    uint32_t own_bits = kLowest;
+
+    __device__ Accept(const AcceptParams& params, Shared& shared, uint4* row)
+        : p(params),
+          s(shared),
+          kept(row),
+          warp(threadIdx.x / 32),
+          lane(threadIdx.x % 32),
+          blocks(Cluster::blocks()),
+          r(shared.request) {}
+
+    __device__ static int b() { return blockIdx.z; }
+    __device__ static int rank() { return Cluster::rank(); }
+
+    __device__ void sync() const {
+        if (blocks > 1) {
+            Cluster::sync();
+        } else {
+            __syncthreads();
+        }
+    }
+
+    __device__ const scalar_t* row(int node) const {
+        return static_cast<const scalar_t*>(p.a.logits) + b() * p.a.logits_stride_b +
+               node * p.a.logits_stride_t;
+    }
+
+    // A row as 16-byte vectors from the aligned address at or before its start; each warp of the
+    // cluster, a "unit", has a contiguous range of them.
+    struct Span {
+        const uint4* vectors;
+        int skew, each, begin, end;
+    };
+    __device__ Span span(const scalar_t* row) const {
+        Span x;
+        x.skew = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(scalar_t));
+        x.vectors = reinterpret_cast<const uint4*>(row - x.skew);
+        const int count = (x.skew + p.a.vocab + kVector - 1) / kVector, units = blocks * kWarps;
+        x.each = (count + units - 1) / units;
+        x.begin = min((rank() * kWarps + warp) * x.each, count);
+        x.end = min(x.begin + x.each, count);
+        return x;
+    }
+    __device__ bool is_whole(const Span& x, int v) const {
+        const int first = v * kVector - x.skew;
+        return first >= 0 && first + kVector <= p.a.vocab;
+    }
+    // Vector v; what of it is outside the row is not read, and counts as -inf.
+    __device__ uint4 load(const Span& x, int v) const {
+        if (is_whole(x, v)) return __ldg(x.vectors + v);
+        const int first = v * kVector - x.skew;
+        const scalar_t* from = reinterpret_cast<const scalar_t*>(x.vectors + v);
+        uint4 words{};
+#pragma unroll 1
+        for (int e = kVector - 1; e >= 0; --e) {  // from the last element on, moved up one by one
+            const bool inside = static_cast<unsigned>(first + e) < static_cast<unsigned>(p.a.vocab);
+            if constexpr (sizeof(scalar_t) == 4) {
+                words = {inside ? __float_as_uint(from[e]) : kLowest, words.x, words.y, words.z};
+            } else {
+                const uint32_t bits =
+                    inside ? reinterpret_cast<const uint16_t*>(from)[e] : kLowest & 0xFFFF;
+                words = {words.x << 16 | bits, words.y << 16 | words.x >> 16,
+                         words.z << 16 | words.y >> 16, words.w << 16 | words.z >> 16};
+            }
+        }
+        return words;
+    }
+    __device__ static float element(const uint4& raw, int e) {
+        const uint32_t word = sizeof(scalar_t) == 4 ? (&raw.x)[e] : (&raw.x)[e / 2];
+        if constexpr (sizeof(scalar_t) == 4) {
+            return __uint_as_float(word);
+        } else if constexpr (std::is_same_v<scalar_t, __nv_bfloat16>) {
+            return __uint_as_float(e % 2 ? word & 0xFFFF0000u : word << 16);
+        } else {
+            return __half2float(
+                __ushort_as_half(static_cast<unsigned short>(e % 2 ? word >> 16 : word)));
+        }
+    }
+
+    __device__ float own_logit() const { return element(make_uint4(own_bits, 0, 0, 0), 0); }
+
+    __device__ int place(const Span& x, int v) const { return warp * x.each + v - x.begin; }
+    // Starts the loads of a row that is kept.
+    __device__ void fetch(const Span& x) {
+#pragma unroll kLoads
+        for (int v = x.begin + lane; v < x.end; v += 32) {
+            uint4* to = kept + place(x, v);
+            if (is_whole(x, v)) {
+                ptx::copy(to, x.vectors + v);
+            } else {
+                *to = load(x, v);
+            }
+        }
+    }
+    // f(index, logit) for this thread's part of a row, in order of the index; -inf for indices
+    // outside the row. From shared memory if `from_kept`.
+    template <bool from_kept, typename F>
+    __device__ void for_each(const Span& x, F&& f) const {
+        uint4 next{};
+        if (!from_kept && x.begin + lane < x.end) next = load(x, x.begin + lane);
+#pragma unroll 1
+        for (int v = x.begin + lane; v < x.end; v += 32) {
+            const uint4 part = from_kept ? kept[place(x, v)] : next;
+            if (!from_kept && v + 32 < x.end) next = load(x, v + 32);
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) f(v * kVector - x.skew + e, element(part, e));
+        }
+    }
+
+    // Of all threads of the cluster, to all of them. Blocks put their parts into each other's
+    // shared memory before the barrier and read only their own after it, so that one may end while
+    // another still reads.
+    template <typename Op, int kValues>
+    __device__ void all_reduce(uint64_t (&values)[kValues]) {
+        Op::template reduce<kValues>(values);
+        if (lane == 0) {
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) s.partial[warp][k] = values[k];
+        }
+        __syncthreads();
+        if (warp < kValues) {
+            uint64_t value[1] = {lane < kWarps ? s.partial[lane][warp] : 0};
+            Op::template reduce<1>(value);
+            if (lane < blocks) *Cluster::of(&s.block[turn][rank()][warp], lane) = value[0];
+        }
+        sync();
+        if (blocks == 1) {
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) values[k] = s.block[turn][0][k];
+        } else {
+#pragma unroll
+            for (int k = 0; k < kValues; ++k)
+                values[k] = lane < blocks ? s.block[turn][lane][k] : 0;
+            Op::template reduce<kValues>(values);
+        }
+        turn ^= 1;  // a block is at most one reduction ahead of another
+    }
+
+    // Of all threads of the cluster: argmax_key of a row's greatest logit, where that has no NaN;
+    // else kKeyOfNan in its upper half.
+    __device__ uint64_t greatest(const Span& x) {
+        uint32_t most = kLowest;
+        if constexpr (kKeeps) ptx::wait_for_copies();
+#pragma unroll kLoads
+        for (int v = x.begin + lane; v < x.end; v += 32) {
+            const uint4 part = kKeeps ? kept[place(x, v)] : load(x, v);
+            most = ptx::max_or_nan<scalar_t>(most, ptx::max_or_nan<scalar_t>(part.x, part.y));
+            most = ptx::max_or_nan<scalar_t>(most, ptx::max_or_nan<scalar_t>(part.z, part.w));
+        }
+        const uint4 both{most, most, most, most};
+        const float best = __uint_as_float(ptx::max_or_nan<float>(
+            __float_as_uint(element(both, 0)), __float_as_uint(element(both, 1))));
+        const uint32_t key = best == best ? order_key(best) : kKeyOfNan;
+        const uint32_t of_warp = __reduce_max_sync(kAllLanes, key);
+        if (lane == 0) s.partial[warp][0] = of_warp;
+        if (threadIdx.x == 0) s.first[turn] = 0xFFFFFFFFu;
+        __syncthreads();
+        const uint32_t of_block = __reduce_max_sync(
+            kAllLanes, lane < kWarps ? static_cast<uint32_t>(s.partial[lane][0]) : 0u);
+        if (of_warp == of_block) {  // where it is, by few warps
+            uint32_t at = 0xFFFFFFFFu;
+            if (key == of_block) {
+                for_each<kKeeps>(x, [&](int i, float v) {
+                    if (v == best && static_cast<unsigned>(i) < static_cast<unsigned>(p.a.vocab))
+                        at = min(at, static_cast<uint32_t>(i));
+                });
+            }
+            at = __reduce_min_sync(kAllLanes, at);
+            if (lane == 0) atomicMin(&s.first[turn], at);
+        }
+        __syncthreads();
+        uint64_t key_and_place[1] = {uint64_t(of_block) << 32 | (0xFFFFFFFFu - s.first[turn])};
+        if (blocks > 1) {
+            if (warp == 0 && lane < blocks)
+                *Cluster::of(&s.block[turn][rank()][0], lane) = key_and_place[0];
+            sync();
+            key_and_place[0] = lane < blocks ? s.block[turn][lane][0] : 0;
+            Max::reduce<1>(key_and_place);
+        }
+        turn ^= 1;
+        return key_and_place[0];
+    }
+
+    // What `mode` needs to know of a row. Called by the whole cluster, from one place: it is most
+    // of the code. `exact`: typical acceptance's bound itself is needed, not only what it decides.
+    __device__ Distribution measure(int node, int mode, bool exact) {
+        const Span x = span(row(node));
+        if (kKeeps && fetched != node) fetch(x);
+        fetched = node;
+        uint64_t best = greatest(x);
+        const bool has_nan = best >> 32 == kKeyOfNan;
+        if (has_nan) {
+            uint64_t number[1] = {0};
+            for_each<false>(x, [&](int i, float v) {
+                const bool inside = static_cast<unsigned>(i) < static_cast<unsigned>(p.a.vocab);
+                number[0] = max(number[0], inside ? argmax_key(v, i) : 0);
+            });
+            all_reduce<Max>(number);
+            best = number[0];
+        }
+        const uint32_t top = static_cast<uint32_t>(best >> 32);
+        Distribution d = start_distribution(best, has_nan, key_value(top), r.scale);
+        if (!d.valid || mode == kGreedy) return d;
+        if (mode == kTypical) {
+            uint64_t sums[2] = {0, 0};  // weights; weights times -log2 of themselves
+            float moment = 0.0f;
+            for_each<kKeeps>(x, [&](int, float v) {
+                const float below = d.below_max(v);
+                const float weight = exp2_product<31>(below, d.scale);
+                sums[0] += round_unsigned(weight);
+                moment = fmaf(weight, below, moment);
+            });
+            sums[1] = __float2ull_rn(-moment * d.scale);
+            all_reduce<Sum>(sums);
+            set_total(d, sums[0]);
+            // The entropy takes a pass that is four times as long, and seldom decides.
+            const BoundRange range = bound_range(
+                d, r, static_cast<float>(sums[1]) / static_cast<float>(sums[0]), p.a.vocab);
+            const int t = threadIdx.x;
+            bool open = exact;
+            if (t > node && t < r.nodes && s.parents[t] == node) {
+                const float probability = d.probability(own_logit());
+                open |= probability > range.low && !(probability > range.high);
+            }
+            d.bound = range.high;
+            if (__syncthreads_or(open)) {
+                uint64_t entropy[1] = {0};
+                for_each<kKeeps>(x, [&](int, float v) {
+                    entropy[0] += static_cast<uint64_t>(int64_t(d.entropy_part(v)));
+                });
+                all_reduce<Sum>(entropy);
+                set_bound(d, r, static_cast<int64_t>(entropy[0]));
+            }
+            return d;
+        }
+        constexpr int kDrop = kDropBits<scalar_t>;
+#pragma unroll 1
+        for (int step = 0; step < 2; ++step) {  // top-k, then top-p of what it leaves
+            const bool by_count = step == 0;
+            if (by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f) {
+                const uint64_t limit =
+                    by_count ? r.top_k * kWeightOfMax : top_p_limit(r.top_p, d.total);
+                const Distribution counts = by_count ? d.flat() : d;
+                const uint32_t begin = cutoff_begin(d, limit, d.total, p.a.vocab, top, kDrop);
+                d.cutoff = find_cutoff(limit, max(begin, d.cutoff), top, kDrop, &d.total,
+                                       [&](const float* bounds, uint64_t (&sums)[kPivots]) {
+                                           for_each<kKeeps>(x, [&](int, float v) {
+                                               const uint32_t weight = counts.weight(v);
+#pragma unroll
+                                               for (int j = 0; j < kPivots; ++j)
+                                                   sums[j] += v >= bounds[j] ? weight : 0;
+                                           });
+                                           all_reduce<Sum>(sums);
+                                       });
+            }
+            if (by_count) {
+                uint64_t total[1] = {0};
+                for_each<kKeeps>(x, [&](int, float v) { total[0] += kept_weight(d, false, v); });
+                all_reduce<Sum>(total);
+                d.total = total[0];
+            }
+        }
+        return d;
+    }
+
+    __device__ bool is_removed(bool removes, int index) const {
+        if (!removes) return false;
+        for (int c = next_node(s.kids, 0); c < kMaxTreeNodes; c = next_node(s.kids, c + 1)) {
+            if (s.tokens[c] == index) return true;
+        }
+        return false;
+    }
+
+    // A token of the kept part of a row, without s.kids' tokens if `removes`, to rank 0's s.next.
+    // By the whole cluster.
+    __device__ void draw_token(int node, const Distribution& d, bool typical, bool removes,
+                               uint64_t random) {
+        const Span x = span(row(node));
+        uint64_t sum = 0;
+        for_each<false>(x, [&](int, float v) { sum += kept_weight(d, typical, v); });
+        uint64_t lost = 0;
+        for (int c = lane; c < r.nodes && removes; c += 32) {
+            if (!(s.kids[c >> 5] >> (c & 31) & 1) || s.weights[c] == 0) continue;
+            const int v = (static_cast<int>(s.tokens[c]) + x.skew) / kVector;
+            if (v >= x.begin && v < x.end) lost += s.weights[c];
+        }
+        uint64_t left[1] = {sum - lost};
+        Sum::reduce<1>(left);
+        if (lane == 0) s.units[warp] = left[0];
+        sync();
+        if (warp == 0) {
+            constexpr int kEach = kMaxCluster * kWarps / 32;
+            uint64_t own[kEach], mine = 0;
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) {
+                const int unit = lane * kEach + i;
+                own[i] =
+                    unit < blocks * kWarps ? Cluster::of(s.units, unit / kWarps)[unit % kWarps] : 0;
+                mine += own[i];
+            }
+            const uint64_t upto = scan(mine);
+            const uint64_t total = shuffle(upto, 31);
+            const uint64_t draw = mul_high(random, total);
+            if (total == 0 && lane == 0) {
+                s.unit = -1;
+                s.next = d.argmax;
+            }
+            uint64_t before = upto - mine;
+            if (draw >= before && draw < upto) {
+#pragma unroll
+                for (int i = 0; i < kEach; ++i) {
+                    if (draw >= before && draw < before + own[i]) {
+                        s.unit = lane * kEach + i;
+                        s.draw = draw - before;
+                    }
+                    before += own[i];
+                }
+            }
+        }
+        __syncthreads();
+        if (s.unit == rank() * kWarps + warp) {
+            uint64_t before = 0;
+            const uint64_t draw = s.draw;
+            for (int from = x.begin; from < x.end; from += 32) {
+                const int v = from + lane, first = v * kVector - x.skew;
+                uint32_t weights[kVector];
+                uint64_t mine = 0;
+                const uint4 part = v < x.end ? load(x, v) : uint4{};
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) {
+                    weights[e] = v < x.end ? kept_weight(d, typical, element(part, e)) : 0;
+                    if (weights[e] && is_removed(removes, first + e)) weights[e] = 0;
+                    mine += weights[e];
+                }
+                const uint64_t upto = before + scan(mine);
+                uint64_t at = upto - mine;
+                if (draw >= at && draw < upto) {
+#pragma unroll
+                    for (int e = 0; e < kVector; ++e) {
+                        if (draw >= at && draw < at + weights[e])
+                            *Cluster::of(&s.next, 0) = first + e;
+                        at += weights[e];
+                    }
+                }
+                before = shuffle(upto, 31);
+                if (draw < before) break;
+            }
+        }
+    }
+
+    // Sum of the lanes up to this one.
+    __device__ uint64_t scan(uint64_t x) const {
+        for (int step = 1; step < 32; step *= 2) {
+            const uint64_t y = __shfl_up_sync(kAllLanes, static_cast<unsigned long long>(x), step);
+            if (lane >= step) x += y;
+        }
+        return x;
+    }
+
+    __device__ void set_bit(uint32_t* words, int node) {
+        atomicOr(words + (node >> 5), 1u << (node & 31));
+    }
+
+    // Also starts the loads of the first node's row.
+    __device__ void load_tree(const Request& request, int first) {
+        const int t = threadIdx.x;
+        int parent = -1;
+        int64_t token = -1;
+        if (t < request.nodes) {
+            token = p.a.tokens[b() * p.a.tokens_stride_b + t];
+            if (t > 0) parent = p.a.parents[b() * p.a.parents_stride_b + t];
+        }
+        if (kKeeps && first < request.nodes) {
+            fetch(span(row(first)));
+            fetched = first;
+        }
+        if (t < kNodeWords) s.inner[t] = s.accepted[t] = s.kids[t] = s.measured[t] = 0;
+        __syncthreads();
+        if (t < request.nodes) {
+            if (t > 0) {
+                // No value may lead out of the tree: a pointer that is not topological is clamped.
+                parent = parent < 0 ? 0 : parent < t ? parent : t - 1;
+                set_bit(s.inner, parent);
+                if (request.mode != kGreedy && in_vocab(token, p.a.vocab))
+                    own_bits = reinterpret_cast<const word_t*>(row(parent))[token];
+            }
+            s.parents[t] = parent;
+            s.tokens[t] = token;
+            s.depth[t] = 0;
+            s.score[t] = 0.0f;
+        }
+        __syncthreads();
+        if (request.mode == kSampling) {
+            for (int c = parent + 1; c < t && t < request.nodes; ++c) {
+                if (s.parents[c] == parent && s.tokens[c] == token) own_bits = kLowest;
+            }
+        }
+    }
+
+    __device__ static bool has(const uint32_t* words, int node) {
+        return words[node >> 5] >> (node & 31) & 1;
+    }
+
+    // After this cluster's share of the nodes, by its first block: true in the last one to come,
+    // which takes over all results.
+    __device__ bool arrive_last() {
+        if (threadIdx.x == 0) s.last = arrive(accept_arrivals + p.first_arrival + b(), gridDim.y);
+        __syncthreads();
+        if (!s.last) return false;
+        constexpr int kWords = sizeof(Distribution) / sizeof(unsigned long long);
+        static_assert(sizeof(Distribution) % sizeof(unsigned long long) == 0);
+        const auto* from =
+            reinterpret_cast<const unsigned long long*>(p.measured + int64_t(b()) * p.a.size);
+        for (int i = threadIdx.x; i < r.nodes * kWords; i += kThreads)
+            reinterpret_cast<unsigned long long*>(s.dist)[i] = __ldcg(from + i);
+        __syncthreads();
+        return true;
+    }
+
+    // Greedy, typical: whether node threadIdx.x, which has a parent, is accepted if that is;
+    // typical: its log probability, too.
+    __device__ bool passes(const Distribution& parent, float* log_p) const {
+        const int64_t token = s.tokens[threadIdx.x];
+        if (!in_vocab(token, p.a.vocab)) return false;
+        if (r.mode != kTypical) return parent.has_max && token == parent.argmax;
+        const float logit = own_logit();
+        *log_p = parent.log_probability(logit);
+        return parent.valid && parent.probability(logit) > parent.bound;
+    }
+
+    // Greedy, typical: accepts children of a measured node.
+    __device__ void accept_children(int node) {
+        const int t = threadIdx.x;
+        float log_p = 0.0f;
+        if (t > node && t < r.nodes && s.parents[t] == node && passes(s.dist[node], &log_p)) {
+            s.score[t] = f_add(s.score[node], log_p);
+            s.depth[t] = s.depth[node] + 1;
+            set_bit(s.accepted, t);
+        }
+        __syncthreads();
+    }
+
+    // The same for all nodes at once, every node being measured: each finds out, with strides that
+    // double, whether all nodes above it pass. Returns the end of the best path.
+    __device__ int accept_all() {
+        const int t = threadIdx.x;
+        float log_p = 0.0f;
+        int above = 0, depth = 0;
+        if (t > 0 && t < r.nodes) {
+            above = passes(s.dist[s.parents[t]], &log_p) ? s.parents[t] : -1;
+            depth = 1;
+        }
+        int half = 0;  // of s.hops
+        for (int stride = 1; stride <= p.a.max_depth; stride *= 2, half ^= 1) {
+            s.hops[half][t] = make_short2(above, depth);
+            __syncthreads();
+            if (above > 0) {
+                const short2 hop = s.hops[half][above];
+                above = hop.x;
+                depth += hop.y;
+            }
+        }
+        const bool accepted = t < r.nodes && above == 0 && depth <= p.a.max_depth;
+        s.score[t] = log_p;
+        return best_end(accepted, depth, false);
+    }
+
+    // Greedy, typical: the end of the best path of accepted nodes. `summed`: s.score has the scores
+    // of paths, else those of nodes.
+    __device__ int best_end(bool accepted, int depth, bool summed) {
+        const int t = threadIdx.x;
+        constexpr int kBits = 10;  // of a node's index
+        static_assert(kMaxTreeNodes < 1 << kBits);
+        s.depth[t] = depth;
+        if (t == 0) s.deepest = 0;
+        if (t < kNodeWords) s.accepted[t] = 0;
+        __syncthreads();
+        const uint32_t place = __reduce_max_sync(
+            kAllLanes, accepted ? static_cast<uint32_t>(depth << kBits | (kMaxTreeNodes - t)) : 0u);
+        if (lane == 0) atomicMax(&s.deepest, place);  // the root is accepted
+        __syncthreads();
+        const int deepest = s.deepest >> kBits;
+        const bool ends = accepted && depth == deepest;
+        if (ends) set_bit(s.accepted, t);
+        if (__syncthreads_count(ends) == 1)
+            return kMaxTreeNodes - static_cast<int>(s.deepest % (1 << kBits));
+        for (int level = 2; level <= deepest && !summed && r.mode == kTypical; ++level) {
+            if (accepted && depth == level) s.score[t] = f_add(s.score[s.parents[t]], s.score[t]);
+            __syncthreads();
+        }
+        if (t == 0) {
+            int best = next_node(s.accepted, 0);
+            for (int node = best; node < r.nodes; node = next_node(s.accepted, node + 1)) {
+                if (is_better_end(r.mode == kTypical, s.parents, s.depth, s.score, node, best))
+                    best = node;
+            }
+            s.picked = best;
+        }
+        __syncthreads();
+        return s.picked;
+    }
+
+    // Sampling: the child of a measured node that the draw falls on; -1: none, and then s.kids is
+    // what the node's distribution has lost.
+    __device__ int sample_child(int node, uint64_t random) {
+        const int t = threadIdx.x;
+        const Distribution& d = s.dist[node];
+        if (t < kNodeWords) s.kids[t] = 0;
+        __syncthreads();
+        if (d.valid && s.depth[node] < p.a.max_depth && t > node && t < r.nodes &&
+            s.parents[t] == node) {
+            s.weights[t] = kept_weight(d, false, own_logit());
+            s.depth[t] = s.depth[node] + 1;
+            set_bit(s.kids, t);
+        }
+        __syncthreads();
+        if (t == 0) {
+            uint64_t taken;
+            s.picked = pick_child(s.kids, s.weights, mul_high(random, d.total), &taken);
+        }
+        __syncthreads();
+        return s.picked;
+    }
+
+    __device__ void write(int length, int64_t next, bool finished) {
+        if (rank() != 0) return;
+        const int columns = p.a.max_depth + 1;
+        for (int i = threadIdx.x; i < columns; i += kThreads) {
+            const int node = i < length ? s.path[i] : -1;
+            p.a.path[int64_t(b()) * columns + i] = node;
+            p.a.out_tokens[int64_t(b()) * columns + i] = node >= 0 ? s.tokens[node] : -1;
+        }
+        if (threadIdx.x == 0) {
+            p.a.accept_length[b()] = length - 1;
+            p.a.last_node[b()] = length > 0 ? s.path[length - 1] : -1;
+            p.a.next_token[b()] = next;
+            p.a.finished[b()] = finished;
+        }
+    }
+
+    // One request's arrival at the generator: all read the same offset, and the last one advances
+    // it.
+    __device__ uint64_t take_offset() {
+        using word = unsigned long long;
+        word* generator = reinterpret_cast<word*>(p.a.generator);
+        const word old = atomicAdd(generator + 1, word(1) << kOffsetBits);
+        const word offset = old & kOffsetMask;
+        if (old >> kOffsetBits == static_cast<word>(p.a.batch - 1))
+            atomicExch(generator + 1, (offset + 1) & kOffsetMask);
+        return offset;
+    }
+
+    __device__ void run() {
+        // Parameters come from memory, a miss a line: all misses at once.
+        if (threadIdx.x < int(sizeof(AcceptParams)) / 64) {
+            ptx::touch(reinterpret_cast<const int32_t*>(&p)[threadIdx.x * 16]);
+        }
+        const Request request = load_request(p.a, b());
+        const bool shares = gridDim.y > 1 && request.nodes > 0;
+        if (!shares && blockIdx.y > 0) return;  // the whole cluster does
+        if (threadIdx.x == 0) {
+            s.request = request;
+            s.seed = static_cast<uint64_t>(p.a.seed);
+            s.offset = 0;
+        }
+        Cluster::start();
+        enum { kShare, kWalk, kLast } stage = shares ? kShare : kWalk;
+        int node = shares ? blockIdx.y : 0;
+        load_tree(request, node);
+        Cluster::started();
+        bool begins = true;  // the walk
+        while (r.nodes > 0) {
+            int mode = r.mode;
+            if (stage == kShare) {
+                if (node >= r.nodes) {
+                    if (rank() > 0 || !arrive_last()) return;
+                    blocks = 1;  // no other block is left
+                    take_seed();
+                    if (mode == kSampling) {
+                        node = 0;
+                        for (int child; (child = pick(node)) >= 0;) node = child;
+                    } else {
+                        node = accept_all();
+                    }
+                    cut(node);
+                    break;
+                }
+                if (!p.a.has_seed && !has(s.inner, node))
+                    mode = kGreedy;  // no child to accept, no token to draw
+            }
+            if (stage == kWalk && begins) {
+                begins = false;
+                take_seed();
+                if (threadIdx.x == 0) s.accepted[0] = 1;
+                __syncthreads();
+            }
+            bool needed = true;
+            if (stage == kWalk && mode != kSampling)
+                needed = has(s.inner, node) && s.depth[node] < p.a.max_depth;
+            if (stage == kLast && !(mode == kTypical && p.a.has_seed)) mode = kGreedy;
+            if (needed && !has(s.measured, node)) {
+                const Distribution d = measure(node, mode, p.a.has_seed);
+                if (stage == kShare) {
+                    if (rank() == 0 && threadIdx.x == 0)
+                        p.measured[int64_t(b()) * p.a.size + node] = d;
+                } else {
+                    __syncthreads();
+                    if (threadIdx.x == 0) {
+                        s.dist[node] = d;
+                        set_bit(s.measured, node);
+                    }
+                    __syncthreads();
+                }
+            }
+            if (stage == kShare) {
+                node += gridDim.y;
+            } else if (stage == kLast) {
+                break;
+            } else if (mode == kSampling) {
+                const int child = pick(node);
+                if (child < 0) {
+                    cut(node);
+                    break;
+                }
+                node = child;
+            } else {
+                if (needed) accept_children(node);
+                node = next_node(s.accepted, node + 1);
+                if (node >= r.nodes) {
+                    const int t = threadIdx.x;
+                    const bool accepted = t < r.nodes && has(s.accepted, t);
+                    __syncthreads();  // best_end() changes s.accepted
+                    node = best_end(accepted, s.depth[t], true);
+                    cut(node);
+                    if (finished) break;
+                    stage = kLast;
+                }
+            }
+        }
+        if (r.nodes == 0) {
+            take_seed();
+            write(0, -1, true);
+        } else {
+            const Distribution& d = s.dist[node];
+            int64_t next = finished ? -1 : d.argmax;
+            if (!finished && d.valid &&
+                (r.mode == kSampling || (r.mode == kTypical && p.a.has_seed))) {
+                draw_token(node, d, r.mode == kTypical, r.mode == kSampling,
+                           philox(s.seed, s.offset, b(), node).next);
+                sync();
+                next = s.next;
+            }
+            write(length, next, finished);
+        }
+        if (blocks > 1) sync();  // a block's shared memory must outlive the others' accesses
+    }
+
+    // Sampling: the same, with the draw of that node.
+    __device__ int pick(int node) {
+        const int child = sample_child(node, philox(s.seed, s.offset, b(), node).child);
+        __syncthreads();  // s.picked has been read
+        return child;
+    }
+
+    // The path to `end`, cut after its first end token and to max_tokens, as cut_path() does.
+    __device__ void cut(int end) {
+        const int t = threadIdx.x, depth = s.depth[end];
+        if (t == 0) {
+            for (int i = depth, node = end; i >= 0; --i, node = s.parents[node]) s.path[i] = node;
+            s.first_eos = 0xFFFFFFFFu;
+        }
+        __syncthreads();
+        length = min(depth + 1, r.max_tokens);
+        finished = length == r.max_tokens;
+        if (p.a.num_eos == 0) return;
+        if (t < length && is_eos(p.a, s.tokens[s.path[t]]))
+            atomicMin(&s.first_eos, static_cast<uint32_t>(t));
+        __syncthreads();
+        if (s.first_eos == 0xFFFFFFFFu) return;
+        length = static_cast<int>(s.first_eos) + 1;
+        finished = true;
+    }
+    int length;
+    bool finished;
+
+    // s.seed and s.offset, in all blocks.
+    __device__ void take_seed() {
+        if (!p.a.generator) return;
+        if (rank() == 0 && threadIdx.x == 0) {
+            const uint64_t offset = take_offset();
+            for (int i = 0; i < blocks; ++i) *Cluster::of(&s.offset, i) = offset;
+        }
+        if (threadIdx.x == 0) s.seed = p.a.generator[0];
+        sync();
+    }
+};
+
+}  // namespace medusa_kernels::gpu
