@@ -21,14 +21,19 @@ def operator_table(op: str) -> str:
     for row in data["results"]:
         if row["us"] is not None:
             cases.setdefault(row["case"], []).append(row)
-    lines = ["| case | floor µs | µs | of floor | best peer µs | faster by |", "| --- | --- | --- | --- | --- | --- |"]
+    invariant = any(row["contender"] == "ours_batch_invariant" for rows in cases.values() for row in rows)
+    head = "| case | floor µs | µs | of floor | best peer µs | faster by |" + " batch-invariant µs |" * invariant
+    lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for case, rows in cases.items():
         ours = next(row for row in rows if row["contender"] == "ours")
         peers = [row for row in rows if row["same_work"] and not row["contender"].startswith("ours")]
         best = min(peers, key=lambda row: row["us"], default=None)
         peer = f"{best['us']:.1f} {best['contender']} | {best['us'] / ours['us']:.2f}x" if best else "- | -"
         share = ours["floor_us"] / ours["us"]
-        lines.append(f"| {case} | {ours['floor_us']:.1f} | {ours['us']:.1f} | {share:.0%} | {peer} |")
+        line = f"| {case} | {ours['floor_us']:.1f} | {ours['us']:.1f} | {share:.0%} | {peer} |"
+        if invariant:
+            line += f" {next(row['us'] for row in rows if row['contender'] == 'ours_batch_invariant'):.1f} |"
+        lines.append(line)
     card, limits = data["card"], data["limits"]
     about = (
         f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}; measured in the same run: "
