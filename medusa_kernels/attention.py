@@ -321,34 +321,36 @@ def _on_cpu(
             lse[b, :, nodes:] = -math.inf
         if nodes == 0:
             continue
-        block = torch.full((length + nodes,), b)
-        slots = torch.arange(length + nodes)
-        if block_table is not None:
+        keys_end = length + nodes
+        if block_table is None:
+            seen, fresh = (b, slice(keys_end)), (b, slice(length, keys_end))
+        else:
+            slots = torch.arange(keys_end)
             block = block_table[b, slots // k_cache.shape[1]].long().clamp(0, k_cache.shape[0] - 1)
             slots = slots % k_cache.shape[1]
+            seen, fresh = (block, slots), (block[length:], slots[length:])
         kv = []
         for cache, new, kv_scale in ((k_cache, k, k_scale), (v_cache, v, v_scale)):
             fp8 = cache.dtype == torch.float8_e4m3fn
+            raw = cache.view(torch.uint8) if fp8 else cache  # fp8 tensors take no indices
             if new is not None:
                 rows = new[b, :nodes]
                 if fp8:
                     scaled = rows.float() if kv_scale is None else rows.float() / kv_scale.view(-1, 1)
                     rows = scaled.clamp(-448.0, 448.0).to(cache.dtype).view(torch.uint8)
-                (cache.view(torch.uint8) if fp8 else cache)[block[length:], slots[length:]] = rows
-            if block_table is None:
-                read = cache[b, : length + nodes]
-            elif fp8:
-                read = cache.view(torch.uint8)[block, slots].view(cache.dtype)
-            else:
-                read = cache[block, slots]
+                raw[fresh] = rows
+            read = raw[seen]
             if fp8:
-                read = read.float() if kv_scale is None else read.float() * kv_scale.view(-1, 1)
+                read = read.view(cache.dtype).float()
+                read = read if kv_scale is None else read * kv_scale.view(-1, 1)
             kv.append(read.to(q.dtype).transpose(0, 1))  # [Hkv, length + nodes, D]
         keys, values = kv
-        words = packed_mask[b] if packed_mask.dim() == 3 else packed_mask
-        column = torch.arange(nodes)
-        tree_mask = ((words[:nodes, column // 64] >> (column % 64)) & 1).bool()
-        mask = torch.cat([tree_mask.new_ones(nodes, length), tree_mask], 1)
+        mask = None
+        if nodes > 1 or window or batch_invariant:
+            words = packed_mask[b] if packed_mask.dim() == 3 else packed_mask
+            column = torch.arange(nodes)
+            mask = torch.ones(nodes, keys_end, dtype=torch.bool)
+            mask[:, length:] = (words[:nodes, column // 64] >> (column % 64)) & 1
         if window:
             depth = (depths[b] if depths.dim() == 2 else depths)[:nodes]
             position = torch.cat([torch.arange(length), length + depth])
@@ -356,9 +358,10 @@ def _on_cpu(
         query = q[b, :nodes].transpose(0, 1)
         results = []
         if batch_invariant:  # node by node on its own keys, in the order of their positions, as plain decoding would
+            assert mask is not None
             for i in range(nodes):
-                seen = mask[i].nonzero()[:, 0]
-                results.append(_rows_on_cpu(query[:, i : i + 1].contiguous(), keys[:, seen], values[:, seen], None,
+                own = mask[i].nonzero()[:, 0]
+                results.append(_rows_on_cpu(query[:, i : i + 1].contiguous(), keys[:, own], values[:, own], None,
                                             sinks, softmax_scale, softcap, lse is not None))  # fmt: skip
         else:
             results.append(_rows_on_cpu(query, keys, values, mask, sinks, softmax_scale, softcap, lse is not None))

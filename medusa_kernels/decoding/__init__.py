@@ -1,5 +1,6 @@
 """A decoder that verifies a tree of draft tokens a step, on `transformers` models."""
 
+from .cpu import pack_linears
 from .decoder import DecodeStats, Generation, TreeDecoder
 from .drafters import Drafter, DraftState, NgramDrafter, NoDrafter
 from .heads import MedusaHeads, SequentialHeads
@@ -29,5 +30,6 @@ __all__ = [
     "TreeDecoder",
     "load_drafter",
     "load_model",
+    "pack_linears",
     "shipped_heads",
 ]

@@ -20,6 +20,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from .cpu import pack_linears
 from .decoder import PHASES, DecodeStats, TreeDecoder
 from .drafters import Drafter, NgramDrafter, NoDrafter
 from .medusa import load_drafter, shipped_heads
@@ -70,6 +71,8 @@ def main() -> int:
     num_nodes = args.num_nodes or (16 if model.device.type == "cpu" else 64)
     heads = args.heads or shipped_heads(args.model)
     drafter: Drafter = load_drafter(heads, model, num_nodes) if heads else NgramDrafter(num_nodes=num_nodes)
+    if model.device.type == "cpu":
+        pack_linears(model)
     source = "Medusa heads" if heads else "n-gram look-up"
     console.print(f"{args.model}, {args.dtype}, on {where}; trees of {drafter.num_nodes} nodes from {source}")
     data = json.loads((resources.files(__package__) / "data" / "demo_prompts.json").read_text(encoding="utf-8"))

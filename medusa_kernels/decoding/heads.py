@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .cpu import linear
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "medusa_heads.safetensors"
 PUBLISHED_NAME = "medusa_lm_head.pt"
@@ -115,7 +117,7 @@ class MedusaHeads(nn.Module):
         if hidden.shape[-1] != self.hidden_size:
             raise ValueError(f"hidden: expected a last dimension of {self.hidden_size}, got {tuple(hidden.shape)}")
         x = self.features(hidden.reshape(-1, self.hidden_size), None if tokens is None else tokens.flatten(1))
-        logits = F.linear(x, self._shared[0]) if self._shared else torch.bmm(x, self.lm_head.transpose(1, 2))
+        logits = linear(x, self._shared[0]) if self._shared else torch.bmm(x, self.lm_head.transpose(1, 2))
         return logits.view(self.num_heads, *hidden.shape[:-1], self.vocab_size)
 
     def topk(self, hidden: Tensor, k: int, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .._checks import check_tensor
 from ..tree import MAX_NODES, TokenTree
+from .cpu import linear
 from .drafters import DraftState
 from .heads import WEIGHTS_NAME, MedusaHeads, SequentialHeads
 from .models import SMOLLM2
@@ -112,7 +112,7 @@ class SequentialDrafter:
         drafted = [tokens]
         for head, (top_k, inner, parent, rank) in enumerate(self.levels):
             states = self.heads.step(head, states[:, inner], tokens[:, inner])
-            best = F.linear(states, self.heads.projection(head)).topk(top_k).indices
+            best = linear(states, self.heads.projection(head)).topk(top_k).indices
             tokens, states = best[:, parent, rank], states[:, parent]
             drafted.append(tokens)
         return torch.cat(drafted, 1)[:, self.place], self.tree
@@ -156,7 +156,7 @@ class DynamicSequentialDrafter:
         count = 0
         for head in range(self.max_depth):
             states = self.heads.step(head, states, tokens)
-            logits = F.linear(states, self.heads.projection(head))
+            logits = linear(states, self.heads.projection(head))
             best, children = logits.topk(self.top_k)
             log_p = best.float() - logits.float().logsumexp(-1, keepdim=True)
             # No child is likelier than its parent: rounding may leave more than 0.
