@@ -1,8 +1,8 @@
-"""The CUDA kernel of accept_candidates without a GPU: its source, compiled as C++ and run thread by thread in random
-order (cuda_on_cpu/cuda_on_cpu.h), gives what the serial C++ kernel gives, bit for bit.
+"""CUDA kernels without a GPU: their source, compiled as C++ and run thread by thread in random order
+(cuda_on_cpu/cuda_on_cpu.h), gives what the serial C++ code gives, bit for bit.
 
-Each test compiles (about 5 s) and runs 108 random cases (about 8 s). It sees wrong arithmetic, missing barriers and
-accesses to blocks that have not begun; not the memory model, nor what nvcc makes of the source.
+It sees wrong arithmetic, wrong or misaligned addresses, missing barriers, and accesses to blocks that have not begun;
+not the memory model, nor what nvcc makes of the source.
 """
 
 import re
@@ -11,43 +11,72 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNEL = ROOT / "csrc/acceptance_kernel.h"
-SOURCE = ROOT / "tests/cuda_on_cpu/acceptance.cpp"
+SOURCES = ROOT / "tests/cuda_on_cpu"
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-def run_kernel(folder: Path, rounds: int) -> subprocess.CompletedProcess:
-    """Compiles with folder/acceptance_kernel.h if there is one, else with csrc's, and runs."""
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", SOURCE.parent)]
-    program = folder / "acceptance"
-    compiled = subprocess.run(["g++", *flags, *includes, SOURCE, "-o", program], capture_output=True, text=True)
+def run_kernel(name: str, folder: Path, rounds: int, *flags: str) -> subprocess.CompletedProcess:
+    """Compiles cuda_on_cpu/<name>.cpp with the kernel in `folder` if there is one, else with csrc's, and runs it."""
+    flags = ("-std=c++20", "-O1", "-ffp-contract=off", "-Wno-unknown-pragmas", *flags)
+    # Without the functions of torch's headers that nothing calls: they want its library.
+    flags += ("-ffunction-sections", "-Wl,--gc-sections")
+    includes = [f"-I{path}" for path in (folder, ROOT / "csrc", SOURCES)]
+    includes += ["-isystem", Path(torch.__file__).parent / "include"]
+    command = ["g++", *flags, *includes, SOURCES / f"{name}.cpp", "-o", folder / name]
+    compiled = subprocess.run(command, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stderr
-    return subprocess.run([program, str(rounds)], capture_output=True, text=True, timeout=300)
+    return subprocess.run([folder / name, str(rounds)], capture_output=True, text=True, timeout=300)
 
 
-def test_the_cuda_kernel_equals_the_serial_one(tmp_path):
-    done = run_kernel(tmp_path, 3)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.match(r"108 cases: \d+ with long paths", done.stdout), done.stdout
-
-
-# A barrier between a reduction's two halves; the wait for all blocks of a cluster; the arithmetic of typical
-# acceptance's shortcut, which the exact entropy must overrule near the bound.
-MUTATIONS = {
-    "barrier": ("        sync();\n        if (blocks == 1) {", "        if (blocks == 1) {"),
-    "cluster": ("        Cluster::started();", ""),
-    "bound": ("if (__syncthreads_or(open))", "if (__syncthreads_or(exact))"),
+# Rounds, and what the program says at the end, when it has also seen that its cases cover the kernel's paths.
+RUNS = {
+    "acceptance": (3, r"108 cases: \d+ with long paths"),
+    "kv_cache": (150, r"150 cases: \d+ moves"),
+    "finish_step": (500, r"500 cases: rows \d+ wide"),
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_is_found(tmp_path, name):
-    old, new = MUTATIONS[name]
-    text = KERNEL.read_text()
+@pytest.mark.parametrize("kernel", RUNS)
+def test_the_cuda_kernel_equals_the_serial_one(kernel, tmp_path):
+    rounds, says = RUNS[kernel]
+    done = run_kernel(kernel, tmp_path, rounds, "-fsanitize=alignment,bounds", "-fno-sanitize-recover=all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(says, done.stdout), done.stdout
+
+
+MUTATIONS = {
+    # A barrier between a reduction's two halves; the wait for all blocks of a cluster; the arithmetic of typical
+    # acceptance's shortcut, which the exact entropy must overrule near the bound.
+    "acceptance": {
+        "barrier": ("        sync();\n        if (blocks == 1) {", "        if (blocks == 1) {"),
+        "cluster": ("        Cluster::started();", ""),
+        "bound": ("if (__syncthreads_or(open))", "if (__syncthreads_or(exact))"),
+    },
+    # The barrier between planning the moves and making them; the wait for all blocks of a request before its length
+    # is written; entries of the path that do not count, whose slots are not the tree's.
+    "kv_cache": {
+        "barrier": ("    __syncthreads();\n", ""),
+        "arrival": ("gridDim.x)", "1)"),
+        "slot": ("i < kept ? node : -1", "node"),
+    },
+    # The barrier before a request's state is written; the row of the wrong node.
+    "finish_step": {
+        "barrier": ("    __syncthreads();  // every thread has read what is written now\n", ""),
+        "row": ("a.last_node[b] * a.hidden_stride_t", "a.accept_length[b] * a.hidden_stride_t"),
+    },
+}
+
+
+@pytest.mark.parametrize("kernel, name", [(kernel, name) for kernel in MUTATIONS for name in MUTATIONS[kernel]])
+def test_a_broken_kernel_is_found(kernel, name, tmp_path):
+    old, new = MUTATIONS[kernel][name]
+    header = ROOT / f"csrc/{kernel}_kernel.h"
+    text = header.read_text()
     assert text.count(old) == 1
-    (tmp_path / KERNEL.name).write_text(text.replace(old, new))
-    assert run_kernel(tmp_path, 6).returncode != 0
+    (tmp_path / header.name).write_text(text.replace(old, new))
+    done = run_kernel(kernel, tmp_path, 2 * RUNS[kernel][0], "-O0")  # soon found: compiling takes longer
+    assert done.returncode != 0, done.stdout

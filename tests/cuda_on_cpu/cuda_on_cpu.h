@@ -5,7 +5,8 @@
 // shows as a wrong result or ends the program. Not seen are races within an operation, the memory
 // model and the speed.
 //
-// Blocks outside a cluster run one after another. Only what csrc/acceptance_kernel.h uses is here.
+// Blocks run side by side where they are started together: those of a cluster, or any of a grid.
+// Only what csrc/*_kernel.h use is here.
 #pragma once
 
 #include <setjmp.h>
@@ -17,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -35,7 +37,10 @@
 struct short2 {
     short x, y;
 };
-struct uint4 {
+struct alignas(8) uint2 {
+    uint32_t x, y;
+};
+struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 struct __half {
@@ -89,8 +94,9 @@ struct Thread {
     std::vector<char> stack;
 };
 
-// One cluster of blocks, and the grid's other numbers.
-inline dim3 grid{}, block_index{}, block_dim{};
+// The grid, and the blocks of it that run now: their numbers, counted along x, then y, then z.
+inline dim3 grid{}, block_dim{};
+inline std::vector<int> numbers;
 inline std::vector<Thread> threads;
 inline Thread* current = nullptr;
 inline jmp_buf scheduler;
@@ -118,19 +124,22 @@ inline int meet(Barrier& barrier, int value = 0) {
     return barrier.last_sum;  // nobody comes to the next meeting's end before this one has left
 }
 
+inline dim3 block_index() {
+    const int i = numbers[current->block];
+    return {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
+}
 inline int block_threads() { return block_dim.x; }
 inline Barrier& own_block() { return blocks[current->block]; }
 
-// f of the values of the 32 lanes, in each of them.
+// f of the values of the 32 lanes, in each of them. The values of two meetings in a row lie apart:
+// who comes to the one after them knows that the first's have been read.
 template <typename F>
 uint64_t over_warp(uint64_t value, F&& f) {
     const int warp = (current->block * block_threads() + current->index) / 32;
-    uint64_t* values = &lanes[warp * 32];
+    uint64_t* values = &lanes[(warp * 2 + warps[warp].generation % 2) * 32];
     values[current->index % 32] = value;
     meet(warps[warp]);
-    const uint64_t result = f(values);
-    meet(warps[warp]);  // they have been read
-    return result;
+    return f(values);
 }
 
 // The same place in another block's shared memory.
@@ -168,9 +177,13 @@ inline void run_thread() {
     setcontext(&t.start);
 }
 
-// Runs body(shared memory) in all threads of one cluster.
-inline void run_cluster(void (*kernel)(char*), int num_blocks, int num_threads, size_t bytes) {
+// Runs kernel(shared memory) in all threads of some of the grid's blocks, which are a cluster to
+// it.
+inline void run_blocks(void (*kernel)(char*), std::vector<int> which, int num_threads,
+                       size_t bytes) {
     body = kernel;
+    numbers = std::move(which);
+    const int num_blocks = static_cast<int>(numbers.size());
     block_dim = {num_threads, 1, 1};
     shared_size = (bytes + 63) / 64 * 64;
     shared.resize(num_blocks * shared_size);
@@ -184,8 +197,8 @@ inline void run_cluster(void (*kernel)(char*), int num_blocks, int num_threads, 
     cluster = {};
     cluster.expected = count;
     running.assign(num_blocks, -1);
-    lanes.assign(count, 0);
-    threads.resize(count);
+    lanes.assign(2 * count, 0);
+    if (static_cast<int>(threads.size()) < count) threads.resize(count);
     std::vector<int> ready(count);  // threads that have not ended
     for (int i = 0; i < count; ++i) {
         Thread& t = threads[i];
@@ -220,11 +233,29 @@ inline void run_cluster(void (*kernel)(char*), int num_blocks, int num_threads, 
     }
 }
 
+inline std::vector<int> shuffled(int count) {
+    std::vector<int> all(count);
+    std::iota(all.begin(), all.end(), 0);
+    std::shuffle(all.begin(), all.end(), random);
+    return all;
+}
+
+// Runs a grid without clusters: its blocks in random order, so many at a time.
+inline void run_grid(void (*kernel)(char*), dim3 blocks, int at_a_time, int num_threads,
+                     size_t bytes) {
+    grid = blocks;
+    const std::vector<int> order = shuffled(grid.x * grid.y * grid.z);
+    for (auto next = order.begin(); next != order.end();) {
+        const auto end = next + std::min<long>(at_a_time, order.end() - next);
+        run_blocks(kernel, {next, end}, num_threads, bytes);
+        next = end;
+    }
+}
+
 }  // namespace cuda_on_cpu
 
 #define threadIdx (dim3{cuda_on_cpu::current->index, 0, 0})
-#define blockIdx \
-    (dim3{cuda_on_cpu::current->block, cuda_on_cpu::block_index.y, cuda_on_cpu::block_index.z})
+#define blockIdx (cuda_on_cpu::block_index())
 #define gridDim (cuda_on_cpu::grid)
 
 using std::max;
