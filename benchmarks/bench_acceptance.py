@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from bench_attention import _import, _on_gpu, tree_for
-from common import Pool, Prepared, Unsupported, num_sets
+from bench_attention import tree_for
+from common import Pool, Prepared, Unsupported, import_peer, num_sets
 from torch import Tensor
 
 from medusa_kernels import TokenTree, reference
@@ -218,8 +218,7 @@ def argmax(inputs: Inputs) -> Prepared:
 
 def argmax_sglang(inputs: Inputs) -> Prepared:
     """argmax, then SGLang's `verify_tree_greedy`, which walks the tree by first child and next sibling."""
-    _on_gpu(inputs)
-    kernel, case = _import("sgl_kernel"), inputs.case
+    kernel, case = import_peer("sgl_kernel", inputs.device), inputs.case
     if case.mode != "greedy":
         raise Unsupported("greedy alone")
     parents = inputs.tree.parents.tolist()
@@ -249,8 +248,7 @@ def argmax_sglang(inputs: Inputs) -> Prepared:
 
 def flashinfer_top_p(inputs: Inputs) -> Prepared:
     """FlashInfer's softmax and top-p sampling of each row: what a chain's verification does, less the tree."""
-    _on_gpu(inputs)
-    sampling, case = _import("flashinfer.sampling"), inputs.case
+    sampling, case = import_peer("flashinfer.sampling", inputs.device), inputs.case
     if case.mode != "sampling":
         raise Unsupported("sampling alone")
 

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
-from common import Pool, Prepared, Unsupported, num_sets, relative_error
+from common import Pool, Prepared, Unsupported, import_peer, num_sets, relative_error
 from torch import Tensor
 
 from medusa_kernels import TokenTree, reference, tree_attention
@@ -402,22 +402,9 @@ def _blocks(inputs: Inputs, block_size: int) -> tuple[list[Tensor], list[Tensor]
     return k, v, blocks.view(case.batch, -1)
 
 
-def _import(module: str):
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError as error:
-        raise Unsupported(f"not installed ({error})") from None
-
-
-def _on_gpu(inputs: Inputs) -> None:
-    if inputs.device.type != "cuda":
-        raise Unsupported("needs a GPU")
-
-
 def flashinfer_fa2(inputs: Inputs) -> Prepared:
     """FlashInfer's FA2 prefill kernel over a paged cache, with the whole mask as bits."""
-    _on_gpu(inputs)
-    flashinfer, case = _import("flashinfer"), inputs.case
+    flashinfer, case = import_peer("flashinfer", inputs.device), inputs.case
     if case.fp8:
         raise Unsupported("not compared with an fp8 cache")
     block_size = case.block_size or 64
@@ -450,8 +437,7 @@ def packed_words(mask: Tensor) -> Tensor:
 
 def xqa(inputs: Inputs) -> Prepared:
     """FlashInfer's XQA in its speculative-decoding mode: paged cache, the tree's mask as bits."""
-    _on_gpu(inputs)
-    flashinfer, case = _import("flashinfer"), inputs.case
+    flashinfer, case = import_peer("flashinfer", inputs.device), inputs.case
     if case.nodes == 1 or case.window:
         raise Unsupported("no tree mask with one node or with a window")
     if case.fp8:
@@ -498,8 +484,7 @@ def _no_mask_prepared(inputs: Inputs, calls: list[Callable[[], Tensor]]) -> Prep
 
 def fa2_no_mask(inputs: Inputs) -> Prepared:
     """flash-attention 2 with split-KV over the same cache, no mask."""
-    _on_gpu(inputs)
-    flash_attn, case = _import("flash_attn.flash_attn_interface"), inputs.case
+    flash_attn, case = import_peer("flash_attn.flash_attn_interface", inputs.device), inputs.case
     if case.fp8 or case.window or (case.block_size or 256) % 256:
         raise Unsupported("FA2 takes no fp8 cache, no window by depth, and blocks of 256 alone")
     keys = inputs.cache_seqlens + case.nodes
@@ -509,8 +494,7 @@ def fa2_no_mask(inputs: Inputs) -> Prepared:
 
 
 def _fa4_calls(inputs: Inputs, **more) -> list[Callable[[], Tensor]]:
-    _on_gpu(inputs)
-    fa4, case = _import("flash_attn.cute.interface"), inputs.case
+    fa4, case = import_peer("flash_attn.cute.interface", inputs.device), inputs.case
     _contiguous_only(inputs, "FA4 here")
     if not inputs.uniform or case.window:
         raise Unsupported("FA4 here: equal lengths, no window")
@@ -529,8 +513,7 @@ def fa4_no_mask(inputs: Inputs) -> Prepared:
 
 def fa4_mask(inputs: Inputs) -> Prepared:
     """FA4 with the tree as a mask_mod that reads a [T, keys] table, as its document masks do."""
-    _on_gpu(inputs)
-    _import("flash_attn.cute.interface")
+    import_peer("flash_attn.cute.interface", inputs.device)
     import cutlass
     from cutlass import cute
     from flash_attn.cute import utils

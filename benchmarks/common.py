@@ -1,5 +1,6 @@
 """What every benchmark shares: the card's limits, timing with a cold cache, one result a (case, contender)."""
 
+import importlib
 import re
 import statistics
 import sys
@@ -22,6 +23,16 @@ Call = Callable[[], object]
 
 class Unsupported(Exception):
     """This contender cannot do this case, or is not installed; the message says why."""
+
+
+def import_peer(module: str, device: torch.device) -> ModuleType:
+    """A peer's module; Unsupported without a GPU, or where it is not installed."""
+    if device.type != "cuda":
+        raise Unsupported("needs a GPU")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unsupported(f"not installed ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -176,17 +187,18 @@ def eager_us(calls: Sequence[Call], device: torch.device, seconds: float = 0.05,
     return statistics.median(times) * 1e6
 
 
-def host_us(calls: Sequence[Call], device: torch.device, repeats: int = 50) -> float:
-    """µs of the CPU's time for one eager call, the device not waited for; the median of 5 bursts."""
-    bursts = []
-    for _ in range(5):
+def host_us(calls: Sequence[Call], device: torch.device, bursts: int = 40, burst: int = 10) -> float:
+    """µs of the CPU's time for one eager call, the device not waited for: the median of short bursts, so that no queue
+    of launches fills up, after one to warm up."""
+    times = []
+    for _ in range(bursts + 1):
         synchronize(device)
         start = time.perf_counter()
-        for i in range(repeats // 5):
+        for i in range(burst):
             calls[i % len(calls)]()
-        bursts.append((time.perf_counter() - start) / (repeats // 5))
+        times.append((time.perf_counter() - start) / burst)
     synchronize(device)
-    return statistics.median(bursts) * 1e6
+    return statistics.median(times[1:]) * 1e6
 
 
 def measure(
