@@ -1,6 +1,8 @@
 // The bookkeeping after acceptance, for its CPU and its CUDA kernel, and its checked arguments.
 #pragma once
 
+#include <cstring>
+
 #include "acceptance_args.h"
 
 namespace medusa_kernels {
@@ -53,6 +55,21 @@ struct Finish {
         a.done[b] = done;
     }
 };
+
+// The CPU kernel.
+inline void finish_serially(const FinishArgs& a) {
+    for (int b = 0; b < a.batch; ++b) {
+        const Finish finish(a, b);
+        for (int column = 0; column <= a.columns; ++column)
+            a.report[int64_t(b) * (a.columns + 1) + column] = finish.report(a, b, column);
+        if (a.hidden && finish.goes_on) {
+            std::memcpy(a.last_hidden + b * a.last_hidden_stride_b,
+                        a.hidden + b * a.hidden_stride_b + a.last_node[b] * a.hidden_stride_t,
+                        a.row_bytes);
+        }
+        finish.commit(a, b);
+    }
+}
 
 inline std::tuple<Tensor, Tensor> finish_args(
     FinishArgs& a, const Tensor& accept_length, const Tensor& last_node, const Tensor& tokens,

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <vector>
@@ -85,6 +86,24 @@ inline KvLayout row_layout(size_t index, const char* data, int64_t element, cons
 // As far as a layout depends on it.
 inline bool same_alignment(const char* a, const char* b) {
     return ((reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) & 15) == 0;
+}
+
+// The CPU kernel: moves a request's accepted rows in one cache; returns how many.
+inline int compact_serially(const CompactArgs& args, const KvLayout& layout, char* cache, int b) {
+    const int kept = kept_nodes(args.accept_length[b], args.path_size);
+    int moves = 0;
+    for (int i = 0; i < kept; ++i) {
+        const int node = args.path[b * args.path_stride + i];
+        const Move move = plan_move(args.slots, layout, b, args.cache_seqlens[b], i, node);
+        if (move.from < 0) continue;
+        ++moves;
+        for (int32_t column = 0; column < layout.columns(); column += layout.run) {
+            const int64_t at = layout.column_offset(column);
+            std::memmove(cache + move.to + at, cache + move.from + at,
+                         int64_t(layout.run) * layout.vector_bytes);
+        }
+    }
+    return moves;
 }
 
 // kv: tensors [*lead, first, second, ...], where lead_dims leading dimensions count caches of their

@@ -2,8 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstring>
-
 #include "kv_cache_args.h"
 
 namespace medusa_kernels {
@@ -17,7 +15,6 @@ void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Te
         compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table);
     for (size_t l = 0; l < args.layouts.size(); ++l) {
         const KvLayout& layout = args.layouts[l];
-        const int64_t run_bytes = int64_t(layout.run) * layout.vector_bytes;
         const int64_t tasks = int64_t(args.first_caches[l + 1] - args.first_caches[l]) * args.batch;
         // Waking a thread pays from about this many bytes.
         const int64_t grain = 1 + (int64_t(1) << 18) / (int64_t(args.path_size) * layout.columns() *
@@ -26,17 +23,7 @@ void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Te
             for (int64_t task = begin; task < end; ++task) {
                 char* cache = args.caches[args.first_caches[l] + task / args.batch];
                 const int b = static_cast<int>(task % args.batch);
-                const int kept = kept_nodes(args.accept_length[b], args.path_size);
-                for (int i = 0; i < kept; ++i) {
-                    const int node = args.path[b * args.path_stride + i];
-                    const Move move =
-                        plan_move(args.slots, layout, b, args.cache_seqlens[b], i, node);
-                    if (move.from < 0) continue;
-                    for (int32_t column = 0; column < layout.columns(); column += layout.run) {
-                        const int64_t at = layout.column_offset(column);
-                        std::memmove(cache + move.to + at, cache + move.from + at, run_bytes);
-                    }
-                }
+                compact_serially(args, layout, cache, b);
             }
         });
     }

@@ -23,21 +23,6 @@ struct Launch {
 const Launch* params;
 void kernel(char*) { gpu::finish_step_kernel(params->a, params->wide); }
 
-// As in csrc/finish_step_cpu.cpp.
-void finish_serially(const FinishArgs& a) {
-    for (int b = 0; b < a.batch; ++b) {
-        const Finish finish(a, b);
-        for (int column = 0; column <= a.columns; ++column)
-            a.report[int64_t(b) * (a.columns + 1) + column] = finish.report(a, b, column);
-        if (a.hidden && finish.goes_on) {
-            std::memcpy(a.last_hidden + b * a.last_hidden_stride_b,
-                        a.hidden + b * a.hidden_stride_b + a.last_node[b] * a.hidden_stride_t,
-                        a.row_bytes);
-        }
-        finish.commit(a, b);
-    }
-}
-
 // What a step writes.
 struct State {
     std::vector<int32_t> max_tokens;

@@ -75,19 +75,7 @@ void compact_serially(const CompactArgs& args) {
         const KvLayout& layout = args.layouts[l];
         for (int c = args.first_caches[l]; c < args.first_caches[l + 1]; ++c) {
             for (int b = 0; b < args.batch; ++b) {
-                const int kept = kept_nodes(args.accept_length[b], args.path_size);
-                for (int i = 0; i < kept; ++i) {
-                    const int node = args.path[b * args.path_stride + i];
-                    const Move move =
-                        plan_move(args.slots, layout, b, args.cache_seqlens[b], i, node);
-                    if (move.from < 0) continue;
-                    ++num_moves;
-                    for (int32_t column = 0; column < layout.columns(); column += layout.run) {
-                        const int64_t at = layout.column_offset(column);
-                        std::memmove(args.caches[c] + move.to + at, args.caches[c] + move.from + at,
-                                     int64_t(layout.run) * layout.vector_bytes);
-                    }
-                }
+                num_moves += compact_serially(args, layout, args.caches[c], b);
             }
         }
     }
