@@ -54,7 +54,9 @@ class _Partition(torch.autograd.Function):
         return grads[0].unsqueeze(1).to(expected.dtype) * expected, None, None
 
 
-def _partition(x: Tensor, projection: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def log_partition(x: Tensor, projection: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`_Partition` in chunks. Source of both: the model's distribution enters a cross-entropy or a KL divergence by its
+    log-sum-exp and its expected row alone, as logits are linear in the rows."""
     parts = [_Partition.apply(a, projection, b) for a, b in zip(x.split(CHUNK), index.split(CHUNK))]
     log_z, expected = (torch.cat(each) for each in zip(*parts))
     return log_z, expected
@@ -64,7 +66,7 @@ def _partition(x: Tensor, projection: Tensor, index: Tensor) -> tuple[Tensor, Te
 def teachers_rows(hidden: Tensor, lm_head: Tensor, labels: Tensor) -> Tensor:
     """[N, D]: the LM head's row that the model expects at each position, which is all that a cross-entropy against its
     distribution needs to know of it. hidden [N, D];  labels [N]: tokens that came there."""
-    return _partition(hidden, lm_head, labels.clamp(min=0))[1]
+    return log_partition(hidden, lm_head, labels.clamp(min=0))[1]
 
 
 def _cross_entropy(x: Tensor, projection: Tensor, labels: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def heads_loss(
         else:
             x, y = features[head], targets.clamp(min=0)
             right = F.embedding(y, projection).float()
-            log_z, _ = _partition(x, projection, y)
+            log_z, _ = log_partition(x, projection, y)
             hard = ((log_z - (x.float() * right).sum(-1)) * there).sum() / count
             loss = hard
             if teacher is not None and soft > 0:

@@ -12,21 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..decoding import load_model
 from ..decoding.heads import MedusaHeads, lm_head_of
 from .config import Medusa2Config
 from .data import Answers
-from .medusa1 import CHUNK, heads_loss, last_hidden, teachers_rows
+from .medusa1 import heads_loss, last_hidden, log_partition
 from .trainer import Trainer, make_accelerator, make_heads, ramp_and_cosine
 
 MEASURED = 256  # held-out sequences whose perplexity is measured
-
-
-def _divergence(x: Tensor, original: Tensor, projection: Tensor) -> Tensor:
-    log_p, log_q = (F.log_softmax(F.linear(h, projection).float(), -1) for h in (original, x))
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 class Medusa2(nn.Module):
@@ -45,20 +39,18 @@ class Medusa2(nn.Module):
 
     def forward(self, ids: Tensor, at: Tensor, labels: Tensor, done: float) -> dict[str, Tensor]:
         model = self.peft_model.get_base_model()
+        projection, tokens = lm_head_of(model), labels[0].clamp(min=0)
         with torch.no_grad(), self.peft_model.disable_adapter():
             original = last_hidden(model, ids, at)
-            teacher = teachers_rows(original, lm_head_of(model), labels[0]) if self.soft > 0 else None
+            log_p, teacher = log_partition(original, projection, tokens)
         if done < self.stage1:
             # The adapter is still zero, so that the model says what the original says.
             loss, each = heads_loss(self.heads, original, labels, self.decay, teacher, self.soft)
             return {"loss": self.heads_weight * loss, "kl": torch.zeros_like(loss), **each}
         hidden = last_hidden(model, ids, at)
-        projection = lm_head_of(model)
-        parts = [
-            checkpoint(_divergence, x, y, projection, use_reentrant=False, preserve_rng_state=False)
-            for x, y in zip(hidden.split(CHUNK), original.split(CHUNK))
-        ]
-        kl = torch.stack(parts).sum() / len(at)
+        log_q, _ = log_partition(hidden, projection, tokens)
+        # sum p (log p - log q): of the logits only the expected row under p is left.
+        kl = (log_q - log_p + (teacher.float() * (original.float() - hidden.float())).sum(-1)).mean()
         loss, each = heads_loss(self.heads, hidden, labels, self.decay, teacher, self.soft)
         return {"loss": kl + self.heads_weight * loss, "kl": kl.detach(), **each}
 
