@@ -40,7 +40,7 @@ VARIANTS = {  # command of medusa_kernels.training, and its settings
     "medusa1": ("medusa1", ["num_layers=2", "learning_rate=2e-3"]),
     "hard": ("medusa1", ["num_layers=2", "learning_rate=2e-3", "soft=0"]),
     "sequential": ("medusa1", ["sequential=true", "num_layers=3", "learning_rate=2e-3"]),
-    "medusa2": ("medusa2", ["num_layers=2", "learning_rate=2.5e-4", "heads_lr_multiple=6", "batch_size=32"]),
+    "medusa2": ("medusa2", ["num_layers=2", "learning_rate=2.5e-4", "heads_lr_multiple=6"]),
 }
 
 
@@ -236,6 +236,11 @@ class Run:
 
     # ---- evaluate ----
 
+    def dynamic(self) -> list[tuple[str, int]]:
+        """Variants and sizes of dynamic trees: those of sequential heads are drafted with more care, so larger too."""
+        size = self.sizes.num_nodes
+        return [*((variant, size) for variant in ALONE), ("sequential", 2 * size)]
+
     def evaluate(self) -> None:
         sizes = self.sizes
         asked = [str(path.resolve()) for path in self.args.questions]
@@ -255,8 +260,8 @@ class Run:
         jobs = [
             lambda v=v: evaluation(f"eval_{v}", v, f"dtype={'float32' if v in ALONE else 'auto'}") for v in self.done()
         ] + [
-            lambda v=v: evaluation(f"eval_{v}_dynamic", v, "tree=dynamic", f"num_nodes={sizes.num_nodes}")
-            for v in ALONE if v in self.done()
+            lambda v=v, n=n: evaluation(f"eval_{v}_dynamic{n}", v, "tree=dynamic", f"num_nodes={n}")
+            for v, n in self.dynamic() if v in self.done()
         ]  # fmt: skip
         if "medusa1" in self.done():
             jobs += [
@@ -365,8 +370,9 @@ class Run:
             }
         if metrics := self.read(folder / "metrics.json"):
             out.update(metrics)
-        if data := self.read(self.work / f"eval_{name}_dynamic.json"):
-            out["dynamic_trees"] = {"mt_bench": summary(data, "mt_bench")}
+        for variant, size in self.dynamic():
+            if variant == name and (data := self.read(self.work / f"eval_{name}_dynamic{size}.json")):
+                out.setdefault("dynamic_trees", {})[size] = {"mt_bench": summary(data, "mt_bench")}
         if data := self.read(self.work / f"eval_{name}.json"):
             out["evaluation"] = {
                 "mt_bench": summary(data, "mt_bench"), "all": summary(data, None), "categories": categories(data),

@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     model, tokenizer = load_model(config.model, dtype=config.torch_dtype, device=config.device)
     drafter: Drafter
     if config.tree == "saved":
-        drafter = load_drafter(config.heads, model)
+        drafter = load_drafter(config.heads, model, config.num_nodes)
     else:
         heads = MedusaHeads.from_pretrained(config.heads, model)
         if isinstance(heads, SequentialHeads):
