@@ -18,6 +18,7 @@ Everything goes to benchmarks/results/<card>_medusa_smollm2.json.
 
 import argparse
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -29,6 +30,7 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,51 +272,34 @@ class Run:
             ]
         self.together(*jobs)
         self.report()
-        for name in self.done():  # alone on the machine
-            self.timed(name)
+        for name, fused in product(self.done(), (False, True)):  # each alone on the machine
+            self.timed(name, fused)
             self.report()
 
-    def timed(self, name: str) -> None:
-        """Batch 1, in the dtype that models run in, against plain decoding in the same decoder; phases of a step."""
-        import torch
+    def timed(self, name: str, fused: bool) -> None:
+        """Batch 1, in the dtype that models run in, against plain decoding in the same decoder; phases of a step.
 
-        from medusa_kernels.decoding import NoDrafter, TreeDecoder, load_drafter, load_model
-        from medusa_kernels.decoding.models import chat_prompt
-        from medusa_kernels.training.config import EvaluateConfig
+        fused: both with Liger's layers, `fuse_elementwise`
+        """
         from medusa_kernels.training.data import read_turns
-        from medusa_kernels.training.evaluate import evaluate
 
-        if (self.work / f"timed_{name}.json").is_file():
+        output = self.work / f"timed_{name}{'_fused' if fused else ''}.json"
+        if output.is_file() or (fused and importlib.util.find_spec("liger_kernel") is None):
             return
-        rows, taken = read_turns(self.args.questions[:1]), {}
-        for row in rows:
+        taken: dict[str, list] = {}
+        for row in read_turns(self.args.questions[:1]):
             taken.setdefault(row["category"], []).append(row)
         rows = [row for each in taken.values() for row in each[: self.sizes.timed_per_category]]
         subset = self.work / "timed.jsonl"
         subset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         first = name == self.done()[0]  # transformers does not care for heads: timed once, on the original model
-        result = evaluate(
-            EvaluateConfig(
-                model=str(self.of(name)), heads=str(self.work / name), prompts=[str(subset)], batch_size=1,
-                output=str(self.work / f"timed_{name}.part"), max_new_tokens=self.sizes.new_tokens,
-                max_cache_len=min(self.sizes.cache, 1024), limit=self.sizes.questions, transformers=int(first),
-            )
+        self.training(
+            output.stem, "evaluate", f"model={self.of(name)}", f"heads={self.work / name}", f"prompts=[{subset}]",
+            "batch_size=1", f"output={output}", f"max_new_tokens={self.sizes.new_tokens}",
+            f"max_cache_len={min(self.sizes.cache, 1024)}", f"transformers={int(first and not fused)}",
+            f"fused={str(fused).lower()}",
+            *([] if self.sizes.questions is None else [f"limit={self.sizes.questions}"]),
         )  # fmt: skip
-        model, tokenizer = load_model(
-            str(self.of(name)), dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-        )  # fmt: skip
-        prompt = chat_prompt(tokenizer, rows[0]["turns"][0])
-        result["phases_us"] = {}
-        for kind, drafter in (("plain", NoDrafter()), ("medusa", load_drafter(self.work / name, model))):
-            decoder = TreeDecoder(model, drafter, max_cache_len=1024)
-            for count in (4, 64):  # the first one compiles and captures
-                stats = decoder.generate([prompt], min(count, self.sizes.new_tokens), profile=True).stats
-            result["phases_us"][kind] = {
-                phase: 1e6 * spent / max(stats.steps, 1) for phase, spent in stats.seconds.items() if phase != "prefill"
-            }
-        (self.work / f"timed_{name}.json").write_text(json.dumps(result))
-        print(f"timed {name}: {result['all']}", flush=True)
 
     # ---- report ----
 
@@ -379,12 +364,13 @@ class Run:
                 "left_out": data["left_out"],
                 **{key: data["config"][key] for key in ("dtype", "max_new_tokens", "batch_size")},
             }  # fmt: skip
-        if data := self.read(self.work / f"timed_{name}.json"):
-            out["timed"] = {
-                "answers": data["all"]["answers"], "plain": data["all"]["plain"], "medusa": data["all"]["medusa"],
-                "speedup": data["all"]["speedup"], "phases_us": data.get("phases_us"),
-                **{key: data["config"][key] for key in ("dtype", "max_new_tokens")},
-            }  # fmt: skip
+        for key, suffix in (("timed", ""), ("timed_fused", "_fused")):
+            if data := self.read(self.work / f"timed_{name}{suffix}.json"):
+                out[key] = {
+                    **{each: data["all"][each] for each in ("answers", "plain", "medusa", "speedup")},
+                    "phases_us": data["phases_us"],
+                    **{each: data["config"][each] for each in ("dtype", "max_new_tokens")},
+                }
         return out
 
 

@@ -77,19 +77,26 @@ def medusa_table() -> str:
         return "**Medusa heads**: not measured yet."
     data = json.loads(path.read_text())
     lines = [
-        "| heads | tokens a step, MT-bench | dynamic trees | same fp32 text | top-1 by head | tokens/s | faster by |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| heads | tokens a step, MT-bench | dynamic trees | same fp32 text | top-1 by head | tokens/s | faster by | "
+        "fused layers: tokens/s | faster by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in data["variants"].items():
-        evaluation, timed = row.get("evaluation"), row.get("timed")
+        evaluation = row.get("evaluation")
         steps = f"{evaluation['mt_bench']['tokens_per_step']:.2f}" if evaluation else "-"
-        dynamic = f"{row['dynamic_trees']['mt_bench']['tokens_per_step']:.2f}" if "dynamic_trees" in row else "-"
+        dynamic = "; ".join(
+            f"{each['mt_bench']['tokens_per_step']:.2f} ({size} nodes)"
+            for size, each in row.get("dynamic_trees", {}).items()
+        )
         same = "-"
         if evaluation and evaluation["dtype"] == "float32":
             same = f"{evaluation['all']['identical']} of {evaluation['all']['answers']}"
         top1 = " / ".join(f"{share:.2f}" for share in row["search"]["top1"]) if "search" in row else "-"
-        rate = f"{timed['medusa']['tokens_per_s']:.0f} | {timed['speedup']:.2f}x" if timed else "- | -"
-        lines.append(f"| {HEADS[name]} | {steps} | {dynamic} | {same} | {top1} | {rate} |")
+        rates = " | ".join(
+            f"{row[key]['medusa']['tokens_per_s']:.0f} | {row[key]['speedup']:.2f}x" if key in row else "- | -"
+            for key in ("timed", "timed_fused")
+        )
+        lines.append(f"| {HEADS[name]} | {steps} | {dynamic or '-'} | {same} | {top1} | {rates} |")
     about = (
         f"SmolLM2-135M-Instruct, {data['device']}, {data['date']}, torch {data['torch']}. Greedy, trees of "
         f"{data['sizes']['num_nodes']} nodes"

@@ -47,7 +47,8 @@ def test_medusa_table(tmp_path, monkeypatch):
         "variants": {
             "medusa1": {
                 "search": {"top1": [0.5, 0.25]}, "timed": timed,
-                "dynamic_trees": {"mt_bench": {**summary, "tokens_per_step": 2.5}},
+                "dynamic_trees": {n: {"mt_bench": {**summary, "tokens_per_step": 2 + n / 128}} for n in (64, 128)},
+                "timed_fused": {**timed, "medusa": {"tokens_per_s": 2500.0}, "speedup": 2.25},
                 "evaluation": {
                     "dtype": "float32", "max_new_tokens": 128, "batch_size": 10,
                     "mt_bench": summary, "all": summary, "categories": {"writing": summary},
@@ -59,10 +60,11 @@ def test_medusa_table(tmp_path, monkeypatch):
     path = tmp_path / f"{script.CARD}_medusa_smollm2.json"
     path.write_text(json.dumps(data))
     table = script.medusa_table()
-    assert "| Medusa-1, heads that see the root | 2.12 | 2.50 | 19 of 20 | 0.50 / 0.25 | 1400 | 2.00x |" in table
+    row = "| 2.12 | 2.50 (64 nodes); 3.00 (128 nodes) | 19 of 20 | 0.50 / 0.25 | 1400 | 2.00x | 2500 | 2.25x |"
+    assert f"| Medusa-1, heads that see the root {row}" in table
     assert "20 answers of up to 128 tokens in batches of 10" in table
     assert "8 answers of up to 256 tokens, bfloat16" in table
-    assert "| Medusa-2, heads that see the root | - | - | - | - | - | - |" in table
+    assert "| Medusa-2, heads that see the root | - | - | - | - | - | - | - | - |" in table
     assert "perplexity on held-out text by +0.50%" in table and "| writing | 20 | 19 | 2.12 | 25% |" in table
     assert "generate" not in table and "temperature 0.7" not in table
     data.update(transformers_tokens_per_s=41.5, distill={"seconds": 90.0, "folders": {"a": {"answer_tokens": 1500000}}})

@@ -3,6 +3,7 @@
 from .cpu import pack_linears
 from .decoder import DecodeStats, Generation, TreeDecoder
 from .drafters import Drafter, DraftState, NgramDrafter, NoDrafter
+from .gpu import fuse_elementwise
 from .heads import MedusaHeads, SequentialHeads
 from .medusa import (
     DynamicMedusaDrafter,
@@ -28,6 +29,7 @@ __all__ = [
     "SequentialDrafter",
     "SequentialHeads",
     "TreeDecoder",
+    "fuse_elementwise",
     "load_drafter",
     "load_model",
     "pack_linears",

@@ -223,6 +223,7 @@ class EvaluateConfig(ModelConfig):
     limit:      take the first so many prompts
     max_cache_len: slots of each request's cache; conversations with no room in it are left out
     transformers: so many prompts through `transformers`' own greedy generate too
+    fused:      run the model with `fuse_elementwise`, plain decoding too
     """
 
     heads: str
@@ -237,10 +238,12 @@ class EvaluateConfig(ModelConfig):
     limit: int | None = None
     max_cache_len: int = 4096
     transformers: int = 0
+    fused: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check("tree", self.tree in ("saved", "dynamic"), "saved or dynamic")
+        self.check("fused", not self.fused or self.device.startswith("cuda"), f"false on {self.device}")
         self.check("mode", self.mode in ("greedy", "typical", "sampling"), "greedy, typical or sampling")
 
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..decoding import Drafter, NoDrafter, TreeDecoder, load_model
+from ..decoding import Drafter, NoDrafter, TreeDecoder, fuse_elementwise, load_model
 from ..decoding.heads import MedusaHeads, SequentialHeads
 from ..decoding.medusa import DynamicMedusaDrafter, DynamicSequentialDrafter, load_drafter
 from ..decoding.models import chat_prompt
@@ -52,6 +52,8 @@ def repeated_four_grams(answers: list[list[int]]) -> float:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Write, and return, the report by category and of all. Later turns follow plain decoding's answers."""
     model, tokenizer = load_model(config.model, dtype=config.torch_dtype, device=config.device)
+    if config.fused:
+        fuse_elementwise(model)
     drafter: Drafter
     if config.tree == "saved":
         drafter = load_drafter(config.heads, model, config.num_nodes)
@@ -132,11 +134,17 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         out["identical"] = sum(sum(same[c]) for c in categories)
         return out
 
+    phases = {}  # of each decoder's step, on the first batch, in µs
+    for name, decoder in decoders.items():
+        prompts = [chat_prompt(tokenizer, row["turns"][0]) for row in groups[0]]
+        stats = decoder.generate(prompts, min(config.max_new_tokens, 64), profile=True, **options).stats
+        phases[name] = {p: 1e6 * s / max(stats.steps, 1) for p, s in stats.seconds.items() if p != "prefill"}
     result = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "config": {key: getattr(config, key) for key in config.__dataclass_fields__},
         "left_out": left_out,
+        "phases_us": phases,
         "all": report(list(tallies)),
         "categories": {category: report([category]) for category in tallies},
     }
