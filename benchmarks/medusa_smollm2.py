@@ -368,7 +368,16 @@ class Run:
             if data := self.read(self.work / f"timed_{name}{suffix}.json"):
                 out[key] = {
                     **{each: data["all"][each] for each in ("answers", "plain", "medusa", "speedup")},
+                    "overhead": overhead(data["all"]),
                     "phases_us": data["phases_us"],
+                    "categories": {
+                        category: {
+                            "tokens_per_s": row["medusa"]["tokens_per_s"],
+                            "speedup": row["speedup"],
+                            "overhead": overhead(row),
+                        }
+                        for category, row in data["categories"].items()
+                    },
                     **{each: data["config"][each] for each in ("dtype", "max_new_tokens")},
                 }
         return out
@@ -385,6 +394,11 @@ def categories(data: dict) -> dict:
         }
         for name, row in data["categories"].items()
     }  # fmt: skip
+
+
+def overhead(row: dict) -> float:
+    """A step with a tree, in steps of plain decoding."""
+    return row["medusa"]["ms_per_step"] / row["plain"]["ms_per_step"]
 
 
 def summary(data: dict, group: str | None) -> dict:

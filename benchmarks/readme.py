@@ -109,7 +109,8 @@ def medusa_table() -> str:
     if each := next((row["timed"] for row in data["variants"].values() if "timed" in row), None):
         about += (
             f". Tokens/s: {each['answers']} answers of up to {each['max_new_tokens']} tokens, {each['dtype']}, one "
-            "request, CUDA graphs, without prefill; faster than the same decoder without heads"
+            "request, CUDA graphs, without prefill; faster than the same decoder without heads. Step overhead: a step "
+            "with a tree by a step without"
         )
     if data["transformers_tokens_per_s"]:
         about += f"; `transformers`' `generate`: {data['transformers_tokens_per_s']:.0f} tokens/s"
@@ -125,12 +126,22 @@ def medusa_table() -> str:
         rates = ", ".join(f"{mode} {row['mt_bench']['tokens_per_step']:.2f}" for mode, row in sampled.items())
         out += ["", f"At temperature 0.7, tokens a step on MT-bench, heads that see the root: {rates}."]
     if evaluation := data["variants"].get("medusa1", {}).get("evaluation"):
-        out += ["", "| heads that see the root | answers | identical | tokens a step | repeated 4-grams |"]
-        out += ["| --- | --- | --- | --- | --- |"]
+        row = data["variants"]["medusa1"]
+        timed = row.get("timed_fused") or row.get("timed")
+        out += [
+            "",
+            "| heads that see the root | answers | identical | tokens a step | repeated 4-grams | step overhead | "
+            "tokens/s | faster by |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
         for name, row in {**evaluation["categories"], "all": evaluation["all"]}.items():
+            rate = "- | - | -"
+            if each := ({**timed["categories"], "all": timed} if timed else {}).get(name):
+                per_s = each["medusa"]["tokens_per_s"] if name == "all" else each["tokens_per_s"]
+                rate = f"{each['overhead']:.2f} | {per_s:.0f} | {each['speedup']:.2f}x"
             out.append(
                 f"| {name} | {row['answers']} | {row['identical']} | {row['tokens_per_step']:.2f} | "
-                f"{row['repeated_4gram_share']:.0%} |"
+                f"{row['repeated_4gram_share']:.0%} | {rate} |"
             )
     return "\n".join(out)
 

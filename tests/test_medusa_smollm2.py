@@ -74,6 +74,9 @@ def test_report_of_what_there_is(script, tmp_path):
     }
     run.note("eval_medusa1", evaluation)
     run.note("eval_typical", evaluation)
+    row = {"plain": {"ms_per_step": 2.0}, "medusa": {"ms_per_step": 3.0, "tokens_per_s": 900.0}, "speedup": 1.6}
+    timed = {"all": {**row, "answers": 2}, "categories": {"math": row}, "phases_us": {}, "config": evaluation["config"]}
+    run.note("timed_medusa1_fused", timed)
     log = [{"step": step, "of": 50, "loss": 1.0, "head1": 5.0 - step / 50} for step in range(50)]
     (heads / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     tree = {
@@ -91,4 +94,10 @@ def test_report_of_what_there_is(script, tmp_path):
     assert got["evaluation"]["all"]["tokens_per_step"] == pytest.approx(130 / 30)
     assert got["search"]["top1"] == [0.5] and got["search"]["top10"] == [0.875]
     assert got["training"]["steps"] == 50 and got["training"]["curve"][-1] == {"step": 49, "head1": pytest.approx(4.02)}
+    timed = got["timed_fused"]
+    assert timed["overhead"] == 1.5 and timed["categories"]["math"] == {
+        "tokens_per_s": 900.0,
+        "speedup": 1.6,
+        "overhead": 1.5,
+    }
     assert "timed" not in got and "evaluation" in got and result["failed"] == []

@@ -40,6 +40,7 @@ def test_medusa_table(tmp_path, monkeypatch):
     assert script.medusa_table() == "**Medusa heads**: not measured yet."
     summary = {"answers": 20, "identical": 19, "tokens_per_step": 2.125, "repeated_4gram_share": 0.25}
     timed = {"plain": {"tokens_per_s": 700.0}, "medusa": {"tokens_per_s": 1400.0}, "speedup": 2.0}
+    timed |= {"overhead": 1.2, "categories": {"writing": {"overhead": 1.25, "tokens_per_s": 600.0, "speedup": 1.5}}}
     timed |= {"answers": 8, "max_new_tokens": 256, "dtype": "bfloat16"}
     data = {
         "device": "Card", "date": "2026-01-01", "torch": "2.11", "failed": [], "transformers_tokens_per_s": None,
@@ -65,7 +66,11 @@ def test_medusa_table(tmp_path, monkeypatch):
     assert "20 answers of up to 128 tokens in batches of 10" in table
     assert "8 answers of up to 256 tokens, bfloat16" in table
     assert "| Medusa-2, heads that see the root | - | - | - | - | - | - | - | - |" in table
-    assert "perplexity on held-out text by +0.50%" in table and "| writing | 20 | 19 | 2.12 | 25% |" in table
+    assert (
+        "perplexity on held-out text by +0.50%" in table
+        and "| writing | 20 | 19 | 2.12 | 25% | 1.25 | 600 | 1.50x |" in table
+    )
+    assert "| all | 20 | 19 | 2.12 | 25% | 1.20 | 2500 | 2.25x |" in table
     assert "generate" not in table and "temperature 0.7" not in table
     data.update(transformers_tokens_per_s=41.5, distill={"seconds": 90.0, "folders": {"a": {"answer_tokens": 1500000}}})
     data["temperature_0.7"] = {"typical": {"mt_bench": summary}, "sampling": {"mt_bench": summary}}
