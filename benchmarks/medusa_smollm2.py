@@ -281,10 +281,13 @@ class Run:
 
         fused: both with Liger's layers, `fuse_elementwise`
         """
+        import torch
+
         from medusa_kernels.training.data import read_turns
 
         output = self.work / f"timed_{name}{'_fused' if fused else ''}.json"
-        if output.is_file() or (fused and importlib.util.find_spec("liger_kernel") is None):
+        can_fuse = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
+        if output.is_file() or (fused and not can_fuse):
             return
         taken: dict[str, list] = {}
         for row in read_turns(self.args.questions[:1]):
