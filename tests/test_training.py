@@ -608,6 +608,11 @@ def test_evaluation(work, heads, tmp_path, capsys, batch_size, tree):
     assert out["all"]["plain"]["tokens_per_step"] == 1.0 < out["all"]["medusa"]["tokens_per_step"]
     assert out["all"]["medusa"]["tokens_per_s"] > 0 and out["transformers_tokens_per_s"] > 0
     assert "16 of 16 answers identical" in capsys.readouterr().out
+    phases = out["phases_us"]
+    assert phases["plain"].keys() == phases["medusa"].keys() == {"draft", "forward", "accept", "compact"}
+    assert all(spent > 0 for each in phases.values() for spent in each.values())
+    assert main([*arguments, "fused=true"]) == 2
+    assert "fused: expected false on cpu, got True" in capsys.readouterr().err
     assert main([*arguments, "max_cache_len=40"]) == 2
     assert "max_cache_len: no prompt fits" in capsys.readouterr().err
 
