@@ -12,7 +12,8 @@ The model answers the given prompts and prompts of its own, greedily and at temp
 evaluated, and near-greedy text leads through contexts that greedy text alone does not show. Then, side by side on one
 GPU: Medusa-1 with the paper's heads (`paper`) and with heads that see the root (`medusa1`), sequential heads
 (`sequential`) and Medusa-2 (`medusa2`); asked for by name, `hard`, which is `medusa1` without the model's own
-distribution as a target. Texts and tokens a step come from batches, decoded side by side too; what is timed runs alone.
+distribution as a target. Texts and tokens a step come from batches, decoded side by side too; what is timed runs alone,
+once more with Liger's layers where `liger-kernel` is installed.
 Everything goes to benchmarks/results/<card>_medusa_smollm2.json.
 """
 
@@ -292,7 +293,7 @@ class Run:
         taken: dict[str, list] = {}
         for row in read_turns(self.args.questions[:1]):
             taken.setdefault(row["category"], []).append(row)
-        rows = [row for each in taken.values() for row in each[: self.sizes.timed_per_category]]
+        rows = [row for each in taken.values() for row in each[: self.sizes.timed_per_category]][: self.sizes.questions]
         subset = self.work / "timed.jsonl"
         subset.write_text("".join(json.dumps(row) + "\n" for row in rows))
         first = name == self.done()[0]  # transformers does not care for heads: timed once, on the original model
@@ -301,7 +302,6 @@ class Run:
             "batch_size=1", f"output={output}", f"max_new_tokens={self.sizes.new_tokens}",
             f"max_cache_len={min(self.sizes.cache, 1024)}", f"transformers={int(first and not fused)}",
             f"fused={str(fused).lower()}",
-            *([] if self.sizes.questions is None else [f"limit={self.sizes.questions}"]),
         )  # fmt: skip
 
     # ---- report ----

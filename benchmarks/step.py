@@ -588,7 +588,7 @@ def plot(path: Path, results: Sequence[Measured], limits: Limits, smoke: bool) -
     right.set(xscale="log", yscale="log", xlabel="batch", ylabel="nodes",
               title="size of tree with the most tokens a second")  # fmt: skip
     right.legend(fontsize=7)
-    nodes, batches = (sorted({r[key] for r in rows}) for key in ("nodes", "batch"))
+    nodes, batches = (sorted({r[key] for r in [*rows, *sizes]}) for key in ("nodes", "batch"))
     for axis, ticks in ((left.xaxis, nodes), (right.xaxis, batches), (right.yaxis, nodes)):
         axis.set_ticks(ticks, map(str, ticks))
         axis.set_ticks([], minor=True)

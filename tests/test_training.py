@@ -617,6 +617,17 @@ def test_evaluation(work, heads, tmp_path, capsys, batch_size, tree):
     assert "max_cache_len: no prompt fits" in capsys.readouterr().err
 
 
+def test_evaluation_leaves_out_what_does_not_fit(work, heads, tmp_path):
+    short = json.loads((work / "prompts.jsonl").read_text().splitlines()[0])["prompt"]
+    rows = [{"category": "a", "turns": ["long " * 120]}, {"category": "b", "turns": [short]}]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [f"model={work}/model", f"heads={heads}", f"prompts={questions}", f"output={tmp_path}/out.json"]
+    assert main(["evaluate", *ON_CPU, *arguments, "max_new_tokens=8", "max_cache_len=128"]) == 0
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["left_out"] == 1 and list(out["categories"]) == ["b"] and out["phases_us"]["medusa"]["forward"] > 0
+
+
 def test_demo_with_heads(work, heads, monkeypatch, capsys):
     arguments = ["--model", f"{work}/model", "--device", "cpu", "--prompts", "2", "--max-new-tokens", "12"]
     for more, source in (

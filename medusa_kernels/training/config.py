@@ -218,7 +218,7 @@ class EvaluateConfig(ModelConfig):
     prompts:    JSONL files with `turns` (all of them are asked in turn) or `prompt`, and `category`
     output:     JSON file to write
     tree:       "saved": the one in `tree.json`; "dynamic": the likeliest paths of each step
-    num_nodes:  of dynamic trees; of a saved one its best so many, if it has more
+    num_nodes:  of dynamic trees
     mode, temperature: see `TreeDecoder.stream`
     limit:      take the first so many prompts
     max_cache_len: slots of each request's cache; conversations with no room in it are left out

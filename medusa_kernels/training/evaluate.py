@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         fuse_elementwise(model)
     drafter: Drafter
     if config.tree == "saved":
-        drafter = load_drafter(config.heads, model, config.num_nodes)
+        drafter = load_drafter(config.heads, model)
     else:
         heads = MedusaHeads.from_pretrained(config.heads, model)
         if isinstance(heads, SequentialHeads):
@@ -76,6 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     answers: dict[str, list[list[int]]] = {}
     same: dict[str, list[bool]] = {}
     left_out = 0
+    first_prompts: list[list[int]] = []
     warm = False
     by_turns = sorted(rows, key=lambda row: (len(row["turns"]), str(row.get("category"))))
     groups: list[list[dict[str, Any]]] = []
@@ -96,6 +97,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             if max(map(len, prompts)) > room:
                 left_out += len(group)
                 break
+            first_prompts = first_prompts or prompts
             if not warm:  # kernels compile and graphs are captured outside of the time measured
                 for decoder in decoders.values():
                     decoder.generate(prompts, 4, **options)
@@ -134,10 +136,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         out["identical"] = sum(sum(same[c]) for c in categories)
         return out
 
-    phases = {}  # of each decoder's step, on the first batch, in µs
+    phases = {}  # of each decoder's step, on the first batch that fitted, in µs
     for name, decoder in decoders.items():
-        prompts = [chat_prompt(tokenizer, row["turns"][0]) for row in groups[0]]
-        stats = decoder.generate(prompts, min(config.max_new_tokens, 64), profile=True, **options).stats
+        stats = decoder.generate(first_prompts, min(config.max_new_tokens, 64), profile=True, **options).stats
         phases[name] = {p: 1e6 * s / max(stats.steps, 1) for p, s in stats.seconds.items() if p != "prefill"}
     result = {
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu",

@@ -55,8 +55,8 @@ class _Partition(torch.autograd.Function):
 
 
 def log_partition(x: Tensor, projection: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """`_Partition` in chunks. Source of both: the model's distribution enters a cross-entropy or a KL divergence by its
-    log-sum-exp and its expected row alone, as logits are linear in the rows."""
+    """`_Partition` in chunks. A distribution enters a cross-entropy or a KL divergence by these two alone, as logits
+    are linear in the rows."""
     parts = [_Partition.apply(a, projection, b) for a, b in zip(x.split(CHUNK), index.split(CHUNK))]
     log_z, expected = (torch.cat(each) for each in zip(*parts))
     return log_z, expected
