@@ -4,7 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <mutex>
 
 #include "acceptance_args.h"
 #include "acceptance_kernel.h"
@@ -15,67 +17,101 @@ namespace {
 
 using namespace gpu;
 
-template <typename scalar_t, bool kKeeps>
+template <typename scalar_t, bool kKeeps, bool kGreedyOnly>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     accept_kernel(const __grid_constant__ AcceptParams p) {
     __shared__ Shared shared;
     extern __shared__ uint4 row[];
-    Accept<scalar_t, kKeeps>(p, shared, row).run();
+    Accept<scalar_t, kKeeps, kGreedyOnly>(p, shared, row).run();
 }
 
-ArrivalTurns arrival_turns;
+ArrivalTurns mail_turns{kMail};
 
 struct Plan {
-    int cluster, groups;
-    int row_bytes;  // of shared memory, for a block's part of a row; 0: it is not kept
+    int width;       // blocks that share a row
+    bool clustered;  // which are a cluster then
+    int groups;      // such blocks a request
+    int row_bytes;   // of shared memory, for a block's part of a row; 0: it is not kept
     int device, most_row_bytes;
 };
 
+struct Limits {
+    int major, sms, shared;
+};
+
+// Looked up once a device.
+const Limits& limits(int device) {
+    static std::array<Limits, 64> known;
+    static std::array<std::once_flag, 64> once;
+    MK_CHECK_VALUE(device < 64, "logits: expected one of the first 64 devices, got ", device);
+    std::call_once(once[device], [device] {
+        const auto get = [device](cudaDeviceAttr attribute) {
+            int value = 0;
+            STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+            return value;
+        };
+        known[device] = {get(cudaDevAttrComputeCapabilityMajor),
+                         get(cudaDevAttrMultiProcessorCount),
+                         get(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    });
+    return known[device];
+}
+
+bool is_greedy(const AcceptArgs& a) { return !a.mode.values && a.mode.value == kGreedy; }
+
 Plan plan(const AcceptArgs& a, int itemsize, int device) {
-    int major = 0, sms = 0, shared = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const auto& [major, sms, shared] = limits(device);
     const int slots = sms * kBlocksPerSM, vector = 16 / itemsize;
     const int vectors = (a.vocab + vector - 1) / vector + 1;  // of a row that is not aligned
     const int most = std::min<int>(kThreads * kResident * 16, shared - sizeof(Shared));
-    const auto row_bytes = [&](int cluster) {
-        const int each = (vectors + cluster * kWarps - 1) / (cluster * kWarps);  // as in span()
+    const auto row_bytes = [&](int width) {
+        const int each = (vectors + width * kWarps - 1) / (width * kWarps);  // as in span()
         return each <= most / (kWarps * 16) ? each * kWarps * 16 : 0;
     };
-    // Small clusters start sooner and exchange faster; greedy acceptance reads a row once, so it
-    // need not be kept.
-    int cluster = 1;
-    if (a.mode.values || a.mode.value != kGreedy || vectors > 2 * kThreads * kResident) {
-        while (major >= 9 && cluster < kPortableCluster && row_bytes(cluster) == 0) cluster *= 2;
-    }
     // Measuring all nodes at once pays while it takes a round or two; a walk takes one a level,
     // each by as many blocks as have a vector for every thread.
-    const int groups = std::min(slots / (cluster * a.batch), a.size);
-    if (groups > 1 && 2 * groups >= a.size)
-        return {cluster, groups, row_bytes(cluster), device, most};
+    const auto at_once = [&](int groups) {
+        return groups > 1 && 2 * groups >= a.size && a.size > 1;
+    };
+    int width = 1;  // small clusters start sooner and exchange faster
+    if (is_greedy(a)) {
+        // It reads a row once, so that none need be kept, and its blocks exchange nothing.
+        while (vectors > 2 * kThreads * kResident && width < kPortableCluster &&
+               row_bytes(width) == 0)
+            width *= 2;
+        // A group more than there are nodes: it only waits.
+        const int groups = std::min(slots / (width * a.batch), a.size + 1);
+        while (2 * width * groups * a.batch <= slots && 2 * width * a.size <= kMaxTreeNodes &&
+               4 * width * kThreads <= vectors)
+            width *= 2;
+        if (at_once(groups) && width * a.size <= kMaxTreeNodes)
+            return {width, false, groups, row_bytes(width), device, most};
+    } else {
+        while (major >= 9 && width < kPortableCluster && row_bytes(width) == 0) width *= 2;
+        const int groups = std::min(slots / (width * a.batch), width == 1 ? a.size + 1 : a.size);
+        if (at_once(groups)) return {width, width > 1, groups, row_bytes(width), device, most};
+    }
     int widest = 1;
     if (major >= 9) {
         while (widest < kMaxCluster && widest * kThreads < vectors && 2 * widest * a.batch <= slots)
             widest *= 2;
     }
-    return {widest, 1, row_bytes(widest), device, most};
+    return {widest, widest > 1, 1, row_bytes(widest), device, most};
 }
 
-template <typename scalar_t, bool kKeeps>
+template <typename scalar_t, bool kKeeps, bool kGreedyOnly>
 void launch(const AcceptParams& params, const Plan& x, cudaStream_t stream) {
-    const auto kernel = accept_kernel<scalar_t, kKeeps>;
+    const auto kernel = accept_kernel<scalar_t, kKeeps, kGreedyOnly>;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(x.cluster, x.groups, params.a.batch);
+    config.gridDim = dim3(x.width, x.groups, params.a.batch);
     config.blockDim = dim3(kThreads);
     config.stream = stream;
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = x.cluster;
+    attribute.val.clusterDim.x = x.width;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     config.attrs = &attribute;
-    config.numAttrs = x.cluster > 1 ? 1 : 0;
+    config.numAttrs = x.clustered ? 1 : 0;
     config.dynamicSmemBytes = x.row_bytes;
     const void* function = reinterpret_cast<const void*>(kernel);
     static std::atomic<uint64_t> ready{0};  // a bit for each device
@@ -85,11 +121,20 @@ void launch(const AcceptParams& params, const Plan& x, cudaStream_t stream) {
                                             x.most_row_bytes));
         ready.fetch_or(bit, std::memory_order_relaxed);
     }
-    if (x.cluster > kPortableCluster) {
+    if (x.width > kPortableCluster) {
         STD_CUDA_CHECK(
             cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     }
     STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+template <typename scalar_t, bool kKeeps>
+void launch(const AcceptParams& params, const Plan& x, cudaStream_t stream) {
+    if (is_greedy(params.a)) {
+        launch<scalar_t, kKeeps, true>(params, x, stream);
+    } else {
+        launch<scalar_t, kKeeps, false>(params, x, stream);
+    }
 }
 
 template <typename scalar_t>
@@ -119,13 +164,10 @@ Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const ScalarType type = logits.scalar_type();
     const Plan x = plan(params.a, type == ScalarType::Float ? 4 : 2, device);
-    std::optional<Tensor> measured;
+    params.blocks = x.clustered ? x.width : 1;
     if (x.groups > 1) {
-        measured = new_tensor(logits, ScalarType::Byte,
-                              int64_t(params.a.batch) * params.a.size * sizeof(Distribution));
-        params.measured = static_cast<Distribution*>(measured->data_ptr());
-        params.first_arrival =
-            arrival_turns.claim(params.a.batch, static_cast<cudaStream_t>(stream));
+        const int words = params.a.batch * params.a.size * x.width / params.blocks;
+        params.first_mail = mail_turns.claim(words, static_cast<cudaStream_t>(stream));
     }
     switch (type) {
         case ScalarType::Half:

@@ -19,8 +19,10 @@
 #endif
 #if defined(__CUDA_ARCH__)
 #define MK_UNROLL _Pragma("unroll")
+#define MK_ROLLED _Pragma("unroll 1")
 #else
 #define MK_UNROLL
+#define MK_ROLLED
 #endif
 
 namespace medusa_kernels {
@@ -439,6 +441,7 @@ MK_HD int next_node(const uint32_t* words, int from) {
     int w = from >> 5;
     if (w >= kNodeWords) return kMaxTreeNodes;
     uint32_t word = words[w] & (0xFFFFFFFFu << (from & 31));
+    MK_ROLLED
     while (word == 0) {
         if (++w == kNodeWords) return kMaxTreeNodes;
         word = words[w];
@@ -451,12 +454,17 @@ MK_HD bool in_vocab(int64_t token, int vocab) { return token >= 0 && token < voc
 // Sampling: children in order of their index take intervals of their weights; which of them, if
 // any, holds the draw. weights[c]: 0 where a sibling before it has the same token. Sets `taken`,
 // the weight of all of them.
-MK_HD int pick_child(const uint32_t* kids, const uint32_t* weights, uint64_t draw,
+MK_HD int pick_child(const uint32_t* kids, const uint32_t* weights, int nodes, uint64_t draw,
                      uint64_t* taken) {
     uint64_t sum = 0;
-    for (int c = next_node(kids, 0); c < kMaxTreeNodes; c = next_node(kids, c + 1)) {
-        sum += weights[c];
-        if (draw < sum) return c;
+    MK_ROLLED
+    for (int w = 0; w * 32 < nodes; ++w) {
+        MK_ROLLED
+        for (uint32_t rest = kids[w]; rest; rest &= rest - 1) {
+            const int c = w * 32 + lowest_bit(rest);
+            sum += weights[c];
+            if (draw < sum) return c;
+        }
     }
     *taken = sum;
     return -1;
@@ -470,6 +478,7 @@ MK_HD bool is_better_end(bool typical, const int32_t* parents, const int32_t* de
     if (depth[a] != depth[b]) return depth[a] > depth[b];
     if (typical) return score[a] != score[b] ? score[a] > score[b] : a < b;
     int x = a, y = b;
+    MK_ROLLED
     while (x != y && parents[x] != parents[y]) {
         x = parents[x];
         y = parents[y];
@@ -478,6 +487,7 @@ MK_HD bool is_better_end(bool typical, const int32_t* parents, const int32_t* de
 }
 
 MK_HD bool is_eos(const AcceptArgs& a, int64_t token) {
+    MK_ROLLED
     for (int i = 0; i < a.num_eos; ++i) {
         if ((a.eos ? a.eos[i] : a.eos_value[i]) == token) return true;
     }
@@ -667,7 +677,7 @@ class SerialAcceptance {
                 kids[c >> 5] |= 1u << (c & 31);
             }
             const uint64_t draw = mul_high(philox(seed_, offset_, b_, node).child, d->total);
-            const int child = pick_child(kids, weights.data(), draw, taken);
+            const int child = pick_child(kids, weights.data(), r_.nodes, draw, taken);
             if (child < 0) {
                 std::memcpy(removed, kids, sizeof kids);
                 return node;

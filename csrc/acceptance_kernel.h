@@ -2,12 +2,14 @@
 // blocks (one block where it fits in that's shared memory, and before sm_90), which keeps it in
 // shared memory while it is reduced over and over.
 //
-// For few requests, the rows of all nodes are measured first, in parallel, and the last block to
-// arrive walks the tree. For many requests, one cluster a request measures only the rows that its
-// walk comes to: leaves never, but for the token after the path's end.
+// For few requests, all nodes at once: whoever measures a node's row also decides which of its
+// children pass and which token comes after a path that ends there, and mails that to the request's
+// last group of blocks, which then finds the path without a look at the logits. For many requests,
+// one cluster a request measures only the rows that its walk comes to: leaves never, but for the
+// token after the path's end.
 //
 // For nvcc; or for a C++ compiler, where tests/cuda_on_cpu/cuda_on_cpu.h has CUDA's names and those
-// of arrivals.h and namespace ptx.
+// of namespace ptx.
 #pragma once
 
 #include "acceptance.h"
@@ -17,8 +19,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include "arrivals.h"
 #define MK_CLUSTERS (__CUDA_ARCH__ >= 900)
 
 namespace medusa_kernels::gpu::ptx {
@@ -39,6 +39,21 @@ __device__ __forceinline__ void copy(uint4* to, const uint4* from) {
 }
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// A word that a block writes while another waits for it: neither orders any other access.
+template <typename T>
+__device__ __forceinline__ void send(T* to, T word) {
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+    } else {
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+    }
+}
+__device__ __forceinline__ uint64_t look(const uint64_t* at) {
+    uint64_t word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
+    return word;
 }
 
 // A load that nothing uses.
@@ -75,14 +90,25 @@ constexpr int kLoads = 4;     // of those, at once
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 static_assert(kThreads >= kMaxTreeNodes, "a thread has at most one node");
 
-// Clusters of a request that have measured their rows; 0 between launches. Two halves: eager
-// launches, captured ones.
-__device__ uint32_t accept_arrivals[2 * kArrivals];
+// What is mailed where a request has several groups of blocks: [batch, size] words, or for greedy
+// acceptance alone [batch, size, blocks of a row]. Never 0; 0 between launches. No word depends on
+// another, so that nothing is to be ordered. Each launch has its own; two halves: eager launches,
+// captured ones.
+//   greedy    argmax_key of the row, or of a block's part of it; kNoNumber
+//   sampling  lower half: kSent, and the child that is taken with kIsChild, or the next token
+//   typical   lower half: kSent and the next token; upper half, from the parent's row: log p of the
+//             node, NaN where it does not pass
+// The group that waits is the last of its request. Blocks begin in the order of their index, so all
+// that it waits for have begun before it.
+constexpr uint32_t kMail = 1 << 19;
+__device__ uint64_t accept_mail[2 * kMail];
+constexpr uint64_t kNoNumber = 1;
+constexpr uint32_t kSent = 1u << 31, kIsChild = 1u << 30, kRejected = 0x7FFFFFFFu;
 
 struct AcceptParams {
     AcceptArgs a;
-    Distribution* measured;  // [batch, size] where there are several groups of blocks a request
-    int32_t first_arrival;
+    int32_t blocks;  // of a cluster; 1 where the blocks of a row work by themselves
+    int32_t first_mail;
 };
 
 template <typename scalar_t>
@@ -96,38 +122,26 @@ struct Shared {
     Request request;
     Distribution dist[kMaxTreeNodes];  // of measured nodes
     int64_t tokens[kMaxTreeNodes];
+    uint64_t mail[kMaxTreeNodes];
     uint64_t partial[kWarps][kPivots];
     uint64_t block[2][kMaxCluster][kPivots];  // each block's part, which it puts here; in turns
     uint32_t first[2];                        // where the block's greatest logit is; in turns
     uint64_t units[kWarps];                   // weight of each warp's part of a row
     uint64_t draw, seed, offset;
     int64_t next;
-    int32_t parents[kMaxTreeNodes], depth[kMaxTreeNodes], path[kMaxTreeNodes];
+    int32_t parents[kMaxTreeNodes], depth[kMaxTreeNodes];
     short2 hops[2][kMaxTreeNodes];  // the node that far up, -1 if one below it is rejected; how far
     float score[kMaxTreeNodes];
     uint32_t weights[kMaxTreeNodes];
     uint32_t inner[kNodeWords], accepted[kNodeWords], kids[kNodeWords], measured[kNodeWords];
+    uint32_t again[kNodeWords];  // sampling: a sibling before it has its token
     uint32_t deepest, first_eos;
     int32_t picked, unit;
-    uint32_t last;
+    int32_t fetched;  // whose row is in or on its way to the memory of rows
 };
 
 // The blocks that share a row.
 struct Cluster {
-    __device__ static int rank() {
-#if MK_CLUSTERS
-        return cg::this_cluster().block_rank();
-#else
-        return 0;
-#endif
-    }
-    __device__ static int blocks() {
-#if MK_CLUSTERS
-        return cg::this_cluster().num_blocks();
-#else
-        return 1;
-#endif
-    }
     __device__ static void sync() {
 #if MK_CLUSTERS
         cg::this_cluster().sync();
@@ -193,8 +207,9 @@ struct Sum {  // in pieces of 22 bits, whose sums fit in 32
 
 constexpr uint32_t kKeyOfNan = 0xFFFFFFFFu;  // above all others
 
-// `kKeeps`: a row fits in shared memory; else it is read again for every reduction.
-template <typename scalar_t, bool kKeeps>
+// `kKeeps`: a row fits in shared memory; else it is read again for every reduction. `kGreedyOnly`:
+// no request has another mode, which leaves a third of the code to be fetched.
+template <typename scalar_t, bool kKeeps, bool kGreedyOnly>
 struct Accept {
     static constexpr int kVector = 16 / sizeof(scalar_t);
     using word_t = std::conditional_t<sizeof(scalar_t) == 4, uint32_t, uint16_t>;
@@ -206,13 +221,8 @@ struct Accept {
     Shared& s;
     uint4* const kept;  // the block's part of the row at hand; each thread reads only what it wrote
     const int warp, lane;
-    int blocks;        // of the cluster, as long as it works together
     const Request& r;  // in shared memory, after load_tree()
     int turn = 0;      // of s.block and s.first
-    int fetched = -1;  // whose row is in or on its way to `kept`
-    // Of node threadIdx.x: the bits of its logit under its parent; -inf for a token outside the
-    // vocabulary and, when sampling, for one that a sibling before it has.
-    uint32_t own_bits = kLowest;
 
     __device__ Accept(const AcceptParams& params, Shared& shared, uint4* row)
         : p(params),
@@ -220,14 +230,15 @@ struct Accept {
           kept(row),
           warp(threadIdx.x / 32),
           lane(threadIdx.x % 32),
-          blocks(Cluster::blocks()),
           r(shared.request) {}
 
+    __device__ int mode_of_request() const { return kGreedyOnly ? kGreedy : r.mode; }
+
     __device__ static int b() { return blockIdx.z; }
-    __device__ static int rank() { return Cluster::rank(); }
+    __device__ static int rank() { return blockIdx.x; }  // among the blocks of a row
 
     __device__ void sync() const {
-        if (blocks > 1) {
+        if (p.blocks > 1) {
             Cluster::sync();
         } else {
             __syncthreads();
@@ -239,20 +250,21 @@ struct Accept {
                node * p.a.logits_stride_t;
     }
 
-    // A row as 16-byte vectors from the aligned address at or before its start; each warp of the
-    // cluster, a "unit", has a contiguous range of them.
+    // A row as 16-byte vectors from the aligned address at or before its start; each warp of its
+    // blocks, a "unit", has a contiguous range of them.
     struct Span {
         const uint4* vectors;
-        int skew, each, begin, end;
+        int skew, base, begin, end;  // base: the block's first
     };
     __device__ Span span(const scalar_t* row) const {
         Span x;
         x.skew = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(scalar_t));
         x.vectors = reinterpret_cast<const uint4*>(row - x.skew);
-        const int count = (x.skew + p.a.vocab + kVector - 1) / kVector, units = blocks * kWarps;
-        x.each = (count + units - 1) / units;
-        x.begin = min((rank() * kWarps + warp) * x.each, count);
-        x.end = min(x.begin + x.each, count);
+        const int count = (x.skew + p.a.vocab + kVector - 1) / kVector;
+        const int units = gridDim.x * kWarps, each = (count + units - 1) / units;
+        x.base = rank() * kWarps * each;
+        x.begin = min(x.base + warp * each, count);
+        x.end = min(x.begin + each, count);
         return x;
     }
     __device__ bool is_whole(const Span& x, int v) const {
@@ -291,31 +303,33 @@ struct Accept {
         }
     }
 
-    __device__ float own_logit() const { return element(make_uint4(own_bits, 0, 0, 0), 0); }
+    // Of node threadIdx.x, which has a parent: its logit there, until its weight takes that's
+    // place.
+    __device__ float own_logit() const {
+        return element(make_uint4(s.weights[threadIdx.x], 0, 0, 0), 0);
+    }
 
-    __device__ int place(const Span& x, int v) const { return warp * x.each + v - x.begin; }
-    // Starts the loads of a row that is kept.
+    // Starts the loads of a row that is kept; its first and last vector may be partial.
     __device__ void fetch(const Span& x) {
 #pragma unroll kLoads
         for (int v = x.begin + lane; v < x.end; v += 32) {
-            uint4* to = kept + place(x, v);
-            if (is_whole(x, v)) {
-                ptx::copy(to, x.vectors + v);
-            } else {
-                *to = load(x, v);
-            }
+            if (is_whole(x, v)) ptx::copy(kept + v - x.base, x.vectors + v);
+        }
+        const int last = (x.skew + p.a.vocab - 1) / kVector;
+#pragma unroll 1
+        for (int v = 0;; v = last) {
+            const bool mine = v >= x.begin && v < x.end && (v - x.begin) % 32 == lane;
+            if (mine && !is_whole(x, v)) kept[v - x.base] = load(x, v);
+            if (v == last) break;
         }
     }
     // f(index, logit) for this thread's part of a row, in order of the index; -inf for indices
     // outside the row. From shared memory if `from_kept`.
     template <bool from_kept, typename F>
     __device__ void for_each(const Span& x, F&& f) const {
-        uint4 next{};
-        if (!from_kept && x.begin + lane < x.end) next = load(x, x.begin + lane);
 #pragma unroll 1
         for (int v = x.begin + lane; v < x.end; v += 32) {
-            const uint4 part = from_kept ? kept[place(x, v)] : next;
-            if (!from_kept && v + 32 < x.end) next = load(x, v + 32);
+            const uint4 part = from_kept ? kept[v - x.base] : load(x, v);
 #pragma unroll
             for (int e = 0; e < kVector; ++e) f(v * kVector - x.skew + e, element(part, e));
         }
@@ -335,19 +349,35 @@ struct Accept {
         if (warp < kValues) {
             uint64_t value[1] = {lane < kWarps ? s.partial[lane][warp] : 0};
             Op::template reduce<1>(value);
-            if (lane < blocks) *Cluster::of(&s.block[turn][rank()][warp], lane) = value[0];
+            const int from = p.blocks > 1 ? rank() : 0;
+            if (lane < p.blocks) *Cluster::of(&s.block[turn][from][warp], lane) = value[0];
         }
         sync();
-        if (blocks == 1) {
+        if (p.blocks == 1) {
 #pragma unroll
             for (int k = 0; k < kValues; ++k) values[k] = s.block[turn][0][k];
         } else {
 #pragma unroll
             for (int k = 0; k < kValues; ++k)
-                values[k] = lane < blocks ? s.block[turn][lane][k] : 0;
+                values[k] = lane < p.blocks ? s.block[turn][lane][k] : 0;
             Op::template reduce<kValues>(values);
         }
         turn ^= 1;  // a block is at most one reduction ahead of another
+    }
+
+    // Of a vector: the greatest of each half of its words; of such halves; whether `best`, which
+    // nothing exceeds, is in it.
+    __device__ static uint32_t greatest_word(const uint4& part) {
+        return ptx::max_or_nan<scalar_t>(ptx::max_or_nan<scalar_t>(part.x, part.y),
+                                         ptx::max_or_nan<scalar_t>(part.z, part.w));
+    }
+    __device__ static float greater_half(uint32_t word) {
+        const uint4 both{word, word, word, word};
+        return __uint_as_float(ptx::max_or_nan<float>(__float_as_uint(element(both, 0)),
+                                                      __float_as_uint(element(both, 1))));
+    }
+    __device__ static bool has_equal(const uint4& part, float best) {
+        return greater_half(greatest_word(part)) == best;
     }
 
     // Of all threads of the cluster: argmax_key of a row's greatest logit, where that has no NaN;
@@ -357,13 +387,10 @@ struct Accept {
         if constexpr (kKeeps) ptx::wait_for_copies();
 #pragma unroll kLoads
         for (int v = x.begin + lane; v < x.end; v += 32) {
-            const uint4 part = kKeeps ? kept[place(x, v)] : load(x, v);
-            most = ptx::max_or_nan<scalar_t>(most, ptx::max_or_nan<scalar_t>(part.x, part.y));
-            most = ptx::max_or_nan<scalar_t>(most, ptx::max_or_nan<scalar_t>(part.z, part.w));
+            const uint4 part = kKeeps ? kept[v - x.base] : load(x, v);
+            most = ptx::max_or_nan<scalar_t>(most, greatest_word(part));
         }
-        const uint4 both{most, most, most, most};
-        const float best = __uint_as_float(ptx::max_or_nan<float>(
-            __float_as_uint(element(both, 0)), __float_as_uint(element(both, 1))));
+        const float best = greater_half(most);
         const uint32_t key = best == best ? order_key(best) : kKeyOfNan;
         const uint32_t of_warp = __reduce_max_sync(kAllLanes, key);
         if (lane == 0) s.partial[warp][0] = of_warp;
@@ -374,21 +401,32 @@ struct Accept {
         if (of_warp == of_block) {  // where it is, by few warps
             uint32_t at = 0xFFFFFFFFu;
             if (key == of_block) {
-                for_each<kKeeps>(x, [&](int i, float v) {
-                    if (v == best && static_cast<unsigned>(i) < static_cast<unsigned>(p.a.vocab))
-                        at = min(at, static_cast<uint32_t>(i));
-                });
+                int which = x.end;  // its first vector that has the greatest
+#pragma unroll(kKeeps ? kLoads : 1)
+                for (int v = x.begin + lane; v < x.end; v += 32) {
+                    if (has_equal(kKeeps ? kept[v - x.base] : load(x, v), best))
+                        which = min(which, v);
+                }
+                if (which < x.end) {  // not where there is a NaN
+                    const uint4 part = kKeeps ? kept[which - x.base] : load(x, which);
+#pragma unroll
+                    for (int e = kVector - 1; e >= 0; --e) {
+                        const uint32_t i = which * kVector - x.skew + e;
+                        if (element(part, e) == best && i < static_cast<uint32_t>(p.a.vocab))
+                            at = i;
+                    }
+                }
             }
             at = __reduce_min_sync(kAllLanes, at);
             if (lane == 0) atomicMin(&s.first[turn], at);
         }
         __syncthreads();
         uint64_t key_and_place[1] = {uint64_t(of_block) << 32 | (0xFFFFFFFFu - s.first[turn])};
-        if (blocks > 1) {
-            if (warp == 0 && lane < blocks)
+        if (p.blocks > 1) {
+            if (warp == 0 && lane < p.blocks)
                 *Cluster::of(&s.block[turn][rank()][0], lane) = key_and_place[0];
             sync();
-            key_and_place[0] = lane < blocks ? s.block[turn][lane][0] : 0;
+            key_and_place[0] = lane < p.blocks ? s.block[turn][lane][0] : 0;
             Max::reduce<1>(key_and_place);
         }
         turn ^= 1;
@@ -399,8 +437,7 @@ struct Accept {
     // of the code. `exact`: typical acceptance's bound itself is needed, not only what it decides.
     __device__ Distribution measure(int node, int mode, bool exact) {
         const Span x = span(row(node));
-        if (kKeeps && fetched != node) fetch(x);
-        fetched = node;
+        if (kKeeps && s.fetched != node) fetch(x);
         uint64_t best = greatest(x);
         const bool has_nan = best >> 32 == kKeyOfNan;
         if (has_nan) {
@@ -414,6 +451,7 @@ struct Accept {
         }
         const uint32_t top = static_cast<uint32_t>(best >> 32);
         Distribution d = start_distribution(best, has_nan, key_value(top), r.scale);
+        if constexpr (kGreedyOnly) return d;
         if (!d.valid || mode == kGreedy) return d;
         if (mode == kTypical) {
             uint64_t sums[2] = {0, 0};  // weights; weights times -log2 of themselves
@@ -451,9 +489,14 @@ struct Accept {
 #pragma unroll 1
         for (int step = 0; step < 2; ++step) {  // top-k, then top-p of what it leaves
             const bool by_count = step == 0;
-            if (by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f) {
-                const uint64_t limit =
-                    by_count ? r.top_k * kWeightOfMax : top_p_limit(r.top_p, d.total);
+            const bool cuts = by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f;
+            const uint64_t limit = !cuts      ? 0
+                                   : by_count ? r.top_k * kWeightOfMax
+                                              : top_p_limit(r.top_p, d.total);
+            const bool alone = cuts && limit <= kWeightOfMax;  // the greatest logit reaches it
+            if (alone) {
+                d.cutoff = top >> kDrop << kDrop;
+            } else if (cuts) {
                 const Distribution counts = by_count ? d.flat() : d;
                 const uint32_t begin = cutoff_begin(d, limit, d.total, p.a.vocab, top, kDrop);
                 d.cutoff = find_cutoff(limit, max(begin, d.cutoff), top, kDrop, &d.total,
@@ -467,22 +510,19 @@ struct Accept {
                                            all_reduce<Sum>(sums);
                                        });
             }
-            if (by_count) {
-                uint64_t total[1] = {0};
+            if (!by_count && !alone) break;
+            uint64_t total[1] = {0};
+            if (alone) {
+                uint32_t count = 0;
+                for_each<kKeeps>(x, [&](int, float v) { count += v == d.max; });
+                total[0] = count * kWeightOfMax;
+            } else {
                 for_each<kKeeps>(x, [&](int, float v) { total[0] += kept_weight(d, false, v); });
-                all_reduce<Sum>(total);
-                d.total = total[0];
             }
+            all_reduce<Sum>(total);
+            d.total = total[0];
         }
         return d;
-    }
-
-    __device__ bool is_removed(bool removes, int index) const {
-        if (!removes) return false;
-        for (int c = next_node(s.kids, 0); c < kMaxTreeNodes; c = next_node(s.kids, c + 1)) {
-            if (s.tokens[c] == index) return true;
-        }
-        return false;
     }
 
     // A token of the kept part of a row, without s.kids' tokens if `removes`, to rank 0's s.next.
@@ -490,27 +530,32 @@ struct Accept {
     __device__ void draw_token(int node, const Distribution& d, bool typical, bool removes,
                                uint64_t random) {
         const Span x = span(row(node));
+        if constexpr (kKeeps) {
+            if (s.fetched != node) fetch(x);
+            ptx::wait_for_copies();
+        }
         uint64_t sum = 0;
-        for_each<false>(x, [&](int, float v) { sum += kept_weight(d, typical, v); });
+        for_each<kKeeps>(x, [&](int, float v) { sum += kept_weight(d, typical, v); });
         uint64_t lost = 0;
         for (int c = lane; c < r.nodes && removes; c += 32) {
-            if (!(s.kids[c >> 5] >> (c & 31) & 1) || s.weights[c] == 0) continue;
+            if (!has(s.kids, c) || s.weights[c] == 0) continue;
             const int v = (static_cast<int>(s.tokens[c]) + x.skew) / kVector;
             if (v >= x.begin && v < x.end) lost += s.weights[c];
         }
+        const bool loses = __reduce_max_sync(kAllLanes, lost > 0);
         uint64_t left[1] = {sum - lost};
         Sum::reduce<1>(left);
         if (lane == 0) s.units[warp] = left[0];
         sync();
         if (warp == 0) {
             constexpr int kEach = kMaxCluster * kWarps / 32;
-            uint64_t own[kEach], mine = 0;
+            static_assert(kWarps % kEach == 0, "a lane's units are of one block");
+            const int first = lane * kEach;
+            uint64_t own[kEach] = {}, mine = 0;
+            if (first < p.blocks * kWarps) {
+                const uint64_t* units = Cluster::of(s.units, first / kWarps) + first % kWarps;
 #pragma unroll
-            for (int i = 0; i < kEach; ++i) {
-                const int unit = lane * kEach + i;
-                own[i] =
-                    unit < blocks * kWarps ? Cluster::of(s.units, unit / kWarps)[unit % kWarps] : 0;
-                mine += own[i];
+                for (int i = 0; i < kEach; ++i) mine += own[i] = units[i];
             }
             const uint64_t upto = scan(mine);
             const uint64_t total = shuffle(upto, 31);
@@ -539,13 +584,20 @@ struct Accept {
                 const int v = from + lane, first = v * kVector - x.skew;
                 uint32_t weights[kVector];
                 uint64_t mine = 0;
-                const uint4 part = v < x.end ? load(x, v) : uint4{};
+                uint4 part{};
+                if (v < x.end) part = kKeeps ? kept[v - x.base] : load(x, v);
 #pragma unroll
-                for (int e = 0; e < kVector; ++e) {
+                for (int e = 0; e < kVector; ++e)
                     weights[e] = v < x.end ? kept_weight(d, typical, element(part, e)) : 0;
-                    if (weights[e] && is_removed(removes, first + e)) weights[e] = 0;
-                    mine += weights[e];
+                for (int w = 0; w * 32 < r.nodes && loses; ++w) {
+                    for (uint32_t rest = s.kids[w]; rest; rest &= rest - 1) {
+                        const int64_t at = s.tokens[w * 32 + lowest_bit(rest)] - first;
+#pragma unroll
+                        for (int e = 0; e < kVector; ++e) weights[e] = at == e ? 0 : weights[e];
+                    }
                 }
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) mine += weights[e];
                 const uint64_t upto = before + scan(mine);
                 uint64_t at = upto - mine;
                 if (draw >= at && draw < upto) {
@@ -575,27 +627,36 @@ struct Accept {
         atomicOr(words + (node >> 5), 1u << (node & 31));
     }
 
-    // Also starts the loads of the first node's row.
+    // Also starts the loads of the first node's row. The blocks of a node need to know its children
+    // alone.
     __device__ void load_tree(const Request& request, int first) {
         const int t = threadIdx.x;
         int parent = -1;
         int64_t token = -1;
+        uint64_t offset = 0, seed = p.a.seed;
         if (t < request.nodes) {
             token = p.a.tokens[b() * p.a.tokens_stride_b + t];
             if (t > 0) parent = p.a.parents[b() * p.a.parents_stride_b + t];
         }
+        if (t == 0 && p.a.generator) {
+            seed = p.a.generator[0];
+            offset = ptx::look(p.a.generator + 1);  // others count themselves above it
+        }
         if (kKeeps && first < request.nodes) {
             fetch(span(row(first)));
-            fetched = first;
         }
-        if (t < kNodeWords) s.inner[t] = s.accepted[t] = s.kids[t] = s.measured[t] = 0;
+        if (t < kNodeWords) s.inner[t] = s.accepted[t] = s.kids[t] = s.measured[t] = s.again[t] = 0;
         __syncthreads();
+        bool mine = false;
+        uint32_t own_bits = kLowest;  // for a token outside the vocabulary
         if (t < request.nodes) {
             if (t > 0) {
                 // No value may lead out of the tree: a pointer that is not topological is clamped.
                 parent = parent < 0 ? 0 : parent < t ? parent : t - 1;
                 set_bit(s.inner, parent);
-                if (request.mode != kGreedy && in_vocab(token, p.a.vocab))
+                mine = !kGreedyOnly && request.mode != kGreedy &&
+                       (gridDim.y == 1 || parent % gridDim.y == blockIdx.y);
+                if (mine && in_vocab(token, p.a.vocab))
                     own_bits = reinterpret_cast<const word_t*>(row(parent))[token];
             }
             s.parents[t] = parent;
@@ -603,11 +664,22 @@ struct Accept {
             s.depth[t] = 0;
             s.score[t] = 0.0f;
         }
+        if (t == 0) {
+            s.fetched = first;
+            s.seed = seed;
+            if (gridDim.y > 1 || !p.a.generator)
+                s.offset = offset & kOffsetMask;  // else take_seed()
+            s.deepest = 0;
+            s.first_eos = 0xFFFFFFFFu;
+        }
         __syncthreads();
-        if (request.mode == kSampling) {
-            for (int c = parent + 1; c < t && t < request.nodes; ++c) {
-                if (s.parents[c] == parent && s.tokens[c] == token) own_bits = kLowest;
-            }
+        if (mine) s.weights[t] = own_bits;  // waits for it
+        if (mine && request.mode == kSampling) {
+            bool again = false;
+#pragma unroll 4
+            for (int c = parent + 1; c < t; ++c)
+                again |= (s.parents[c] == parent) & (s.tokens[c] == token);
+            if (again) set_bit(s.again, t);
         }
     }
 
@@ -615,28 +687,82 @@ struct Accept {
         return words[node >> 5] >> (node & 31) & 1;
     }
 
-    // After this cluster's share of the nodes, by its first block: true in the last one to come,
-    // which takes over all results.
-    __device__ bool arrive_last() {
-        if (threadIdx.x == 0) s.last = arrive(accept_arrivals + p.first_arrival + b(), gridDim.y);
+    // Where node t's words begin.
+    __device__ uint64_t* mail(int node) const {
+        return accept_mail + p.first_mail +
+               (int64_t(b()) * p.a.size + node) * (p.blocks > 1 ? 1 : gridDim.x);
+    }
+    // The lower half of a node's word.
+    __device__ void send(int node, uint32_t what) const {
+        if (rank() == 0 && threadIdx.x == 0)
+            ptx::send(reinterpret_cast<uint32_t*>(mail(node)), kSent | what);
+    }
+    // Greedy: the word of this block's part of a node's row, which may be empty.
+    __device__ void send_greatest(int node) const {
+        if (threadIdx.x > 0 || (p.blocks > 1 && rank() > 0)) return;
+        const Distribution& d = s.dist[node];
+        const bool is_number = d.has_max && d.argmax >= 0;
+        ptx::send(mail(node) + rank(), is_number ? argmax_key(d.max, d.argmax) : kNoNumber);
+    }
+    // Typical: the upper halves of its children's words.
+    __device__ void send_children(int node) const {
+        const int t = threadIdx.x;
+        if (rank() > 0 || t <= node || t >= r.nodes || s.parents[t] != node) return;
+        float log_p = 0.0f;
+        uint32_t word = kRejected;
+        if (passes(node, &log_p)) word = __float_as_uint(log_p);
+        if (word == 0) word = 0x80000000u;  // -0
+        ptx::send(reinterpret_cast<uint32_t*>(mail(t)) + 1, word);
+    }
+
+    // What the others have sent, to s.mail, by one block; they may not all have begun to run, but
+    // each does.
+    __device__ void receive() {
+        const int each = p.blocks > 1 ? 1 : gridDim.x;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < r.nodes * each; i += kThreads) {
+            uint64_t* at = mail(0) + i;
+            const bool two = mode_of_request() == kTypical && i > 0;  // halves, that come apart
+            uint64_t word;
+            do {
+                word = ptx::look(at);
+            } while (static_cast<uint32_t>(word) == 0 || (two && word >> 32 == 0));
+            *at = 0;
+            s.mail[i] = word;
+        }
         __syncthreads();
-        if (!s.last) return false;
-        constexpr int kWords = sizeof(Distribution) / sizeof(unsigned long long);
-        static_assert(sizeof(Distribution) % sizeof(unsigned long long) == 0);
-        const auto* from =
-            reinterpret_cast<const unsigned long long*>(p.measured + int64_t(b()) * p.a.size);
-        for (int i = threadIdx.x; i < r.nodes * kWords; i += kThreads)
-            reinterpret_cast<unsigned long long*>(s.dist)[i] = __ldcg(from + i);
-        __syncthreads();
-        return true;
+    }
+    // Greedy: argmax_key of a node's row, from the parts of it.
+    __device__ uint64_t received_greatest(int node) const {
+        const int each = p.blocks > 1 ? 1 : gridDim.x;
+        uint64_t most = 0;
+#pragma unroll 1
+        for (int i = 0; i < each; ++i) most = max(most, s.mail[node * each + i]);
+        return most;
+    }
+    __device__ int received_next(int node) const {
+        if (mode_of_request() != kGreedy) return static_cast<uint32_t>(s.mail[node]) & ~kSent;
+        const uint64_t most = received_greatest(node);
+        return most == kNoNumber ? 0 : 0xFFFFFFFFu - static_cast<uint32_t>(most);
+    }
+    __device__ bool received_passes(int node, int parent, float* log_p) const {
+        const int64_t token = s.tokens[node];
+        if (mode_of_request() == kGreedy) {
+            return in_vocab(token, p.a.vocab) && received_greatest(parent) != kNoNumber &&
+                   received_next(parent) == token;
+        }
+        const uint32_t word = s.mail[node] >> 32;
+        *log_p = __uint_as_float(word);
+        return word != kRejected;
     }
 
     // Greedy, typical: whether node threadIdx.x, which has a parent, is accepted if that is;
     // typical: its log probability, too.
-    __device__ bool passes(const Distribution& parent, float* log_p) const {
+    __device__ bool passes(int of_parent, float* log_p) const {
+        const Distribution& parent = s.dist[of_parent];
         const int64_t token = s.tokens[threadIdx.x];
         if (!in_vocab(token, p.a.vocab)) return false;
-        if (r.mode != kTypical) return parent.has_max && token == parent.argmax;
+        if (mode_of_request() != kTypical) return parent.has_max && token == parent.argmax;
         const float logit = own_logit();
         *log_p = parent.log_probability(logit);
         return parent.valid && parent.probability(logit) > parent.bound;
@@ -646,7 +772,7 @@ struct Accept {
     __device__ void accept_children(int node) {
         const int t = threadIdx.x;
         float log_p = 0.0f;
-        if (t > node && t < r.nodes && s.parents[t] == node && passes(s.dist[node], &log_p)) {
+        if (t > node && t < r.nodes && s.parents[t] == node && passes(node, &log_p)) {
             s.score[t] = f_add(s.score[node], log_p);
             s.depth[t] = s.depth[node] + 1;
             set_bit(s.accepted, t);
@@ -654,14 +780,14 @@ struct Accept {
         __syncthreads();
     }
 
-    // The same for all nodes at once, every node being measured: each finds out, with strides that
+    // The same for all nodes at once, from what was received: each finds out, with strides that
     // double, whether all nodes above it pass. Returns the end of the best path.
     __device__ int accept_all() {
         const int t = threadIdx.x;
         float log_p = 0.0f;
         int above = 0, depth = 0;
         if (t > 0 && t < r.nodes) {
-            above = passes(s.dist[s.parents[t]], &log_p) ? s.parents[t] : -1;
+            above = received_passes(t, s.parents[t], &log_p) ? s.parents[t] : -1;
             depth = 1;
         }
         int half = 0;  // of s.hops
@@ -680,15 +806,12 @@ struct Accept {
     }
 
     // Greedy, typical: the end of the best path of accepted nodes. `summed`: s.score has the scores
-    // of paths, else those of nodes.
+    // of paths, else those of nodes. s.accepted is empty.
     __device__ int best_end(bool accepted, int depth, bool summed) {
         const int t = threadIdx.x;
         constexpr int kBits = 10;  // of a node's index
         static_assert(kMaxTreeNodes < 1 << kBits);
         s.depth[t] = depth;
-        if (t == 0) s.deepest = 0;
-        if (t < kNodeWords) s.accepted[t] = 0;
-        __syncthreads();
         const uint32_t place = __reduce_max_sync(
             kAllLanes, accepted ? static_cast<uint32_t>(depth << kBits | (kMaxTreeNodes - t)) : 0u);
         if (lane == 0) atomicMax(&s.deepest, place);  // the root is accepted
@@ -698,14 +821,15 @@ struct Accept {
         if (ends) set_bit(s.accepted, t);
         if (__syncthreads_count(ends) == 1)
             return kMaxTreeNodes - static_cast<int>(s.deepest % (1 << kBits));
-        for (int level = 2; level <= deepest && !summed && r.mode == kTypical; ++level) {
+        for (int level = 2; level <= deepest && !summed && mode_of_request() == kTypical; ++level) {
             if (accepted && depth == level) s.score[t] = f_add(s.score[s.parents[t]], s.score[t]);
             __syncthreads();
         }
         if (t == 0) {
             int best = next_node(s.accepted, 0);
             for (int node = best; node < r.nodes; node = next_node(s.accepted, node + 1)) {
-                if (is_better_end(r.mode == kTypical, s.parents, s.depth, s.score, node, best))
+                if (is_better_end(mode_of_request() == kTypical, s.parents, s.depth, s.score, node,
+                                  best))
                     best = node;
             }
             s.picked = best;
@@ -723,38 +847,58 @@ struct Accept {
         __syncthreads();
         if (d.valid && s.depth[node] < p.a.max_depth && t > node && t < r.nodes &&
             s.parents[t] == node) {
-            s.weights[t] = kept_weight(d, false, own_logit());
+            s.weights[t] = has(s.again, t) ? 0 : kept_weight(d, false, own_logit());
             s.depth[t] = s.depth[node] + 1;
             set_bit(s.kids, t);
         }
         __syncthreads();
         if (t == 0) {
             uint64_t taken;
-            s.picked = pick_child(s.kids, s.weights, mul_high(random, d.total), &taken);
+            s.picked = pick_child(s.kids, s.weights, r.nodes, mul_high(random, d.total), &taken);
         }
         __syncthreads();
         return s.picked;
     }
 
-    __device__ void write(int length, int64_t next, bool finished) {
-        if (rank() != 0) return;
-        const int columns = p.a.max_depth + 1;
-        for (int i = threadIdx.x; i < columns; i += kThreads) {
-            const int node = i < length ? s.path[i] : -1;
-            p.a.path[int64_t(b()) * columns + i] = node;
-            p.a.out_tokens[int64_t(b()) * columns + i] = node >= 0 ? s.tokens[node] : -1;
+    // Writes the path to `end`, cut after its first end token and to max_tokens, as cut_path()
+    // does; depth -1: nothing. Returns whether the request ends with it.
+    __device__ bool write_path(int end, int depth) {
+        const int t = threadIdx.x, columns = p.a.max_depth + 1;
+        int node = end;  // thread i's: the path's i-th
+#pragma unroll 1
+        for (int i = depth; i > t; --i) node = s.parents[node];
+        int length = max(min(depth + 1, r.max_tokens), 0);
+        // Not `length == r.max_tokens`: for sm_90 ptxas 13.0 makes that a by-product of the line
+        // above (VIMNMX.RELU with a predicate), and it came out true for shorter paths, too.
+        bool finished = depth + 1 >= r.max_tokens || depth < 0;
+        if (p.a.num_eos > 0) {
+            if (t < length && is_eos(p.a, s.tokens[node]))
+                atomicMin(&s.first_eos, static_cast<uint32_t>(t));
+            __syncthreads();
+            if (s.first_eos != 0xFFFFFFFFu) {
+                length = static_cast<int>(s.first_eos) + 1;
+                finished = true;
+            }
         }
-        if (threadIdx.x == 0) {
+        if (rank() > 0) return finished;
+        if (t < columns) {
+            p.a.path[int64_t(b()) * columns + t] = t < length ? node : -1;
+            p.a.out_tokens[int64_t(b()) * columns + t] = t < length ? s.tokens[node] : -1;
+        }
+        if (t == max(length - 1, 0)) {
             p.a.accept_length[b()] = length - 1;
-            p.a.last_node[b()] = length > 0 ? s.path[length - 1] : -1;
-            p.a.next_token[b()] = next;
+            p.a.last_node[b()] = length > 0 ? node : -1;
             p.a.finished[b()] = finished;
         }
+        return finished;
+    }
+    __device__ void write_next(int64_t next) const {
+        if (rank() == 0 && threadIdx.x == 0) p.a.next_token[b()] = next;
     }
 
     // One request's arrival at the generator: all read the same offset, and the last one advances
     // it.
-    __device__ uint64_t take_offset() {
+    __device__ uint64_t take_offset() const {
         using word = unsigned long long;
         word* generator = reinterpret_cast<word*>(p.a.generator);
         const word old = atomicAdd(generator + 1, word(1) << kOffsetBits);
@@ -772,139 +916,137 @@ struct Accept {
         const Request request = load_request(p.a, b());
         const bool shares = gridDim.y > 1 && request.nodes > 0;
         if (!shares && blockIdx.y > 0) return;  // the whole cluster does
-        if (threadIdx.x == 0) {
-            s.request = request;
-            s.seed = static_cast<uint64_t>(p.a.seed);
-            s.offset = 0;
-        }
+        if (threadIdx.x == 0) s.request = request;
         Cluster::start();
         enum { kShare, kWalk, kLast } stage = shares ? kShare : kWalk;
         int node = shares ? blockIdx.y : 0;
         load_tree(request, node);
         Cluster::started();
-        bool begins = true;  // the walk
-        while (r.nodes > 0) {
-            int mode = r.mode;
+        if (stage == kWalk) {
+            if (p.a.generator) take_seed();
+            if (threadIdx.x == 0) s.accepted[0] = 1;
+            __syncthreads();
+        }
+        if (!shares) write_next(-1);  // where the request ends
+        while (node < r.nodes) {
+            int mode = mode_of_request();
+            bool needed = true;
             if (stage == kShare) {
-                if (node >= r.nodes) {
-                    if (rank() > 0 || !arrive_last()) return;
-                    blocks = 1;  // no other block is left
-                    take_seed();
-                    if (mode == kSampling) {
-                        node = 0;
-                        for (int child; (child = pick(node)) >= 0;) node = child;
-                    } else {
-                        node = accept_all();
-                    }
-                    cut(node);
-                    break;
-                }
                 if (!p.a.has_seed && !has(s.inner, node))
                     mode = kGreedy;  // no child to accept, no token to draw
-            }
-            if (stage == kWalk && begins) {
-                begins = false;
-                take_seed();
-                if (threadIdx.x == 0) s.accepted[0] = 1;
-                __syncthreads();
-            }
-            bool needed = true;
-            if (stage == kWalk && mode != kSampling)
+                if (mode == kSampling && threadIdx.x == 0) {
+                    int depth = 0;
+#pragma unroll 1
+                    for (int n = node; n > 0; n = s.parents[n]) ++depth;
+                    s.depth[node] = depth;
+                }
+            } else if (stage == kLast) {
+                if (!(mode == kTypical && p.a.has_seed)) mode = kGreedy;
+            } else if (mode != kSampling) {
                 needed = has(s.inner, node) && s.depth[node] < p.a.max_depth;
-            if (stage == kLast && !(mode == kTypical && p.a.has_seed)) mode = kGreedy;
+            }
             if (needed && !has(s.measured, node)) {
                 const Distribution d = measure(node, mode, p.a.has_seed);
-                if (stage == kShare) {
-                    if (rank() == 0 && threadIdx.x == 0)
-                        p.measured[int64_t(b()) * p.a.size + node] = d;
-                } else {
-                    __syncthreads();
-                    if (threadIdx.x == 0) {
-                        s.dist[node] = d;
-                        set_bit(s.measured, node);
-                    }
-                    __syncthreads();
+                if (threadIdx.x == 0) {
+                    s.dist[node] = d;
+                    s.fetched = node;
+                    set_bit(s.measured, node);
                 }
+                __syncthreads();
             }
-            if (stage == kShare) {
-                node += gridDim.y;
-            } else if (stage == kLast) {
-                break;
-            } else if (mode == kSampling) {
+            if (mode_of_request() == kSampling) {
                 const int child = pick(node);
-                if (child < 0) {
-                    cut(node);
-                    break;
+                if (child >= 0 && stage == kShare) {
+                    send(node, kIsChild | child);
+                    node += gridDim.y;
+                } else if (child >= 0) {
+                    node = child;
                 }
-                node = child;
-            } else {
+                if (child >= 0) continue;
+            } else if (stage == kShare) {
+                if (mode_of_request() == kTypical) send_children(node);
+            } else if (stage == kWalk) {
                 if (needed) accept_children(node);
                 node = next_node(s.accepted, node + 1);
-                if (node >= r.nodes) {
-                    const int t = threadIdx.x;
-                    const bool accepted = t < r.nodes && has(s.accepted, t);
-                    __syncthreads();  // best_end() changes s.accepted
-                    node = best_end(accepted, s.depth[t], true);
-                    cut(node);
-                    if (finished) break;
+                if (node < r.nodes) continue;
+                const int t = threadIdx.x;
+                const bool accepted = t < r.nodes && has(s.accepted, t);
+                __syncthreads();
+                if (t < kNodeWords) s.accepted[t] = 0;
+                node = best_end(accepted, s.depth[t], true);
+            }
+            if (stage == kWalk) {
+                if (write_path(node, s.depth[node])) break;
+                if (mode_of_request() != kSampling) {
                     stage = kLast;
+                    continue;
                 }
             }
-        }
-        if (r.nodes == 0) {
-            take_seed();
-            write(0, -1, true);
-        } else {
             const Distribution& d = s.dist[node];
-            int64_t next = finished ? -1 : d.argmax;
-            if (!finished && d.valid &&
-                (r.mode == kSampling || (r.mode == kTypical && p.a.has_seed))) {
-                draw_token(node, d, r.mode == kTypical, r.mode == kSampling,
+            int next = d.argmax;
+            if (d.valid && (mode_of_request() == kSampling ||
+                            (mode_of_request() == kTypical && p.a.has_seed))) {
+                draw_token(node, d, mode_of_request() == kTypical, mode_of_request() == kSampling,
                            philox(s.seed, s.offset, b(), node).next);
                 sync();
-                next = s.next;
+                next = static_cast<int>(s.next);
             }
-            write(length, next, finished);
+            if (stage != kShare) {
+                write_next(next);
+                break;
+            }
+            if (mode_of_request() == kGreedy) {
+                send_greatest(node);
+            } else {
+                send(node, next);
+            }
+            node += gridDim.y;
         }
-        if (blocks > 1) sync();  // a block's shared memory must outlive the others' accesses
+        if (!shares && r.nodes > 0) {
+            if (p.blocks > 1) sync();  // a block's shared memory must outlive the others' accesses
+        } else if (rank() == 0 && (!shares || blockIdx.y + 1 == gridDim.y)) {
+            finish(shares);
+        }
     }
 
-    // Sampling: the same, with the draw of that node.
+    // Where all nodes are measured at once, or none: the path, and what comes after it.
+    __device__ void finish(bool shares) {
+        int end = 0, depth = -1;
+        if (shares) {
+            receive();
+            if (mode_of_request() == kSampling) {
+#pragma unroll 1
+                for (depth = 0; s.mail[end] & kIsChild; ++depth)
+                    end = static_cast<uint32_t>(s.mail[end]) & (kIsChild - 1);
+            } else {
+                end = accept_all();
+                depth = s.depth[end];
+            }
+        }
+        const bool finished = write_path(end, depth);
+        write_next(finished ? -1 : received_next(end));
+        if (shares && threadIdx.x == 0 && p.a.generator) {
+            if (p.a.batch > 1) {
+                take_offset();
+            } else {
+                p.a.generator[1] = (s.offset + 1) & kOffsetMask;
+            }
+        }
+    }
+
+    // Sampling: the child that the node's draw falls on, -1 if on none.
     __device__ int pick(int node) {
         const int child = sample_child(node, philox(s.seed, s.offset, b(), node).child);
         __syncthreads();  // s.picked has been read
         return child;
     }
 
-    // The path to `end`, cut after its first end token and to max_tokens, as cut_path() does.
-    __device__ void cut(int end) {
-        const int t = threadIdx.x, depth = s.depth[end];
-        if (t == 0) {
-            for (int i = depth, node = end; i >= 0; --i, node = s.parents[node]) s.path[i] = node;
-            s.first_eos = 0xFFFFFFFFu;
-        }
-        __syncthreads();
-        length = min(depth + 1, r.max_tokens);
-        finished = length == r.max_tokens;
-        if (p.a.num_eos == 0) return;
-        if (t < length && is_eos(p.a, s.tokens[s.path[t]]))
-            atomicMin(&s.first_eos, static_cast<uint32_t>(t));
-        __syncthreads();
-        if (s.first_eos == 0xFFFFFFFFu) return;
-        length = static_cast<int>(s.first_eos) + 1;
-        finished = true;
-    }
-    int length;
-    bool finished;
-
-    // s.seed and s.offset, in all blocks.
+    // s.offset, in all blocks.
     __device__ void take_seed() {
-        if (!p.a.generator) return;
         if (rank() == 0 && threadIdx.x == 0) {
             const uint64_t offset = take_offset();
-            for (int i = 0; i < blocks; ++i) *Cluster::of(&s.offset, i) = offset;
+            for (int i = 0; i < p.blocks; ++i) *Cluster::of(&s.offset, i) = offset;
         }
-        if (threadIdx.x == 0) s.seed = p.a.generator[0];
         sync();
     }
 };

@@ -26,26 +26,29 @@ __device__ inline bool arrive(uint32_t* counter, uint32_t blocks) {
     return before == blocks - 1;
 }
 
-// Counters that no launch in flight uses: they are handed out in turn, and far fewer kernels than
-// there are turns can be resident at once. A captured launch keeps its counters for every replay,
-// so those come from a half of their own.
+// Counters, or other words of device memory, that no launch in flight uses: they are handed out in
+// turn, and far fewer kernels than there are turns can be resident at once. A captured launch keeps
+// its words for every replay, so those come from a half of their own.
 class ArrivalTurns {
  public:
-    // The first of `batch` counters.
-    int32_t claim(int32_t batch, cudaStream_t stream) {
-        MK_CHECK_VALUE(static_cast<uint32_t>(batch) <= kArrivals, "batch: expected at most ",
-                       kArrivals, " requests, got ", batch);
+    explicit ArrivalTurns(uint32_t words = kArrivals) : words_(words) {}  // of each half
+
+    // The first of `count` words.
+    int32_t claim(int32_t count, cudaStream_t stream) {
+        MK_CHECK_VALUE(static_cast<uint32_t>(count) <= words_, "batch: expected at most ", words_,
+                       " requests, got ", count);
         cudaStreamCaptureStatus status;
         STD_CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
         const int half = status == cudaStreamCaptureStatusNone ? 0 : 1;
         uint32_t start;
         do {
-            start = next_[half].fetch_add(batch) % kArrivals;
-        } while (start + batch > kArrivals);
-        return static_cast<int32_t>(half * kArrivals + start);
+            start = next_[half].fetch_add(count) % words_;
+        } while (start + count > words_);
+        return static_cast<int32_t>(half * words_ + start);
     }
 
  private:
+    const uint32_t words_;
     std::atomic<uint32_t> next_[2] = {};
 };
 

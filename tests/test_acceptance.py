@@ -546,6 +546,35 @@ def test_cuda_is_deterministic(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["greedy", "typical", "sampling"])
+def test_cuda_streams_and_graphs_at_once(device, mode):
+    """The blocks of a launch mail each other results: launches that overlap must not get each other's."""
+    tree = TokenTree.preset("mc_sim_7b_63").to(device)
+    above = tree.parents.clamp(min=0).long()
+    options = {"mode": mode, "seed": 6, "top_p": 0.9} if mode == "sampling" else {"mode": mode}
+    logits = [torch.randn(1, tree.size, 32000, device=device, dtype=torch.bfloat16) for _ in range(4)]
+    tokens = [x.argmax(-1)[:, above] for x in logits]
+    want = [rows(accept_candidates(x.cpu(), t.cpu(), tree.to("cpu"), **options)) for x, t in zip(logits, tokens)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    got: list[list[Acceptance]] = [[] for _ in logits]
+    for i, graph in enumerate(graphs):
+        with torch.cuda.graph(graph):
+            got[i].append(accept_candidates(logits[i], tokens[i], tree, **options))
+    streams = [torch.cuda.Stream() for _ in logits]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if i < len(graphs):
+                    graphs[i].replay()
+                else:
+                    got[i].append(accept_candidates(logits[i], tokens[i], tree, **options))
+    torch.cuda.synchronize()
+    for i, results in enumerate(got):
+        assert all(rows(result) == want[i] for result in results)
+
+
+@pytest.mark.gpu
 def test_cuda_trees_of_every_size(device):
     for size in (1, 2, 31, 32, 33, 63, 65, 128, 511, 512):
         parents = (torch.rand(2, size) * torch.arange(size)).int()

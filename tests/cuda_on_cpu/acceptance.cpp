@@ -15,28 +15,44 @@ bool chance(int percent) { return pick(1, 100) <= percent; }
 int num_cases = 0, num_deep = 0, num_drawn = 0, num_close = 0;
 
 struct Launch {
-    int cluster, groups;
+    int width, groups;      // blocks that share a row, and groups of them
+    bool clustered = true;  // else each works by itself
 };
 
 const gpu::AcceptParams* params;
-template <typename scalar_t, bool kKeeps>
+template <typename scalar_t, bool kKeeps, bool kGreedyOnly>
 void kernel(char* shared) {
     auto* row = reinterpret_cast<uint4*>(shared + (sizeof(gpu::Shared) + 63) / 64 * 64);
-    gpu::Accept<scalar_t, kKeeps>(*params, *reinterpret_cast<gpu::Shared*>(shared), row).run();
+    gpu::Accept<scalar_t, kKeeps, kGreedyOnly> accept(*params,
+                                                      *reinterpret_cast<gpu::Shared*>(shared), row);
+    accept.run();
 }
 
 template <typename scalar_t, bool kKeeps>
 void launch(const gpu::AcceptParams& p, const Launch& x) {
     params = &p;
     const int vectors = p.a.vocab * static_cast<int>(sizeof(scalar_t)) / 16 + 2;
-    const int units = x.cluster * gpu::kWarps;
+    const int units = x.width * gpu::kWarps;
     const size_t row_bytes = kKeeps ? size_t((vectors + units - 1) / units) * gpu::kWarps * 16 : 0;
-    cuda_on_cpu::grid = {x.cluster, x.groups, p.a.batch};
-    for (const int i : cuda_on_cpu::shuffled(x.groups * p.a.batch)) {
-        std::vector<int> cluster(x.cluster);
-        std::iota(cluster.begin(), cluster.end(), i * x.cluster);
-        cuda_on_cpu::run_blocks(kernel<scalar_t, kKeeps>, cluster, gpu::kThreads,
-                                (sizeof(gpu::Shared) + 63) / 64 * 64 + row_bytes);
+    const bool greedy = p.a.mode.value == kGreedy && chance(50);
+    cuda_on_cpu::grid = {x.width, x.groups, p.a.batch};
+    // In random order, but a request's last group, which waits for the others, after them.
+    std::vector<int> order = cuda_on_cpu::shuffled(x.groups * p.a.batch);
+    std::stable_partition(order.begin(), order.end(),
+                          [&](int group) { return (group + 1) % x.groups != 0; });
+    for (const int group : order) {
+        std::vector<int> blocks(x.width);
+        std::iota(blocks.begin(), blocks.end(), group * x.width);
+        const auto run = [&](const std::vector<int>& which) {
+            cuda_on_cpu::run_blocks(
+                greedy ? kernel<scalar_t, kKeeps, true> : kernel<scalar_t, kKeeps, false>, which,
+                gpu::kThreads, (sizeof(gpu::Shared) + 63) / 64 * 64 + row_bytes);
+        };
+        if (x.clustered) {
+            run(blocks);
+        } else {  // the first, which waits, last
+            for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) run({*block});
+        }
     }
 }
 
@@ -170,18 +186,18 @@ void run_case(int mode, const Launch& x) {
     put_into(results[1]);
     uint64_t generator[2] = {static_cast<uint64_t>(a.seed), offset};
     if (offset) a.generator = generator;
-    std::vector<Distribution> measured(batch * size);
-    launch<scalar_t, kKeeps>({a, measured.data(), pick(0, 9)}, x);
+    launch<scalar_t, kKeeps>({a, x.clustered ? x.width : 1, pick(0, 9)}, x);
 
     bool same = results[0].ints == results[1].ints && results[0].longs == results[1].longs;
     for (int b = 0; b < batch; ++b) same &= results[0].finished[b] == results[1].finished[b];
     same &= !offset || generator[1] == offset + 1;
-    for (int i = 0; i < 20; ++i) same &= gpu::accept_arrivals[i] == 0;
+    for (int i = 0; i < 1000; ++i) same &= gpu::accept_mail[i] == 0;
     if (!same) {
         std::printf(
-            "case %d differs: mode %d, %d blocks x %d, %zu-byte logits, batch %d, %d nodes, "
+            "case %d differs: mode %d, %d blocks%s x %d, %zu-byte logits, batch %d, %d nodes, "
             "vocabulary %d, depth %d\n",
-            num_cases, mode, x.cluster, x.groups, sizeof(host_t), batch, size, vocab, a.max_depth);
+            num_cases, mode, x.width, x.clustered ? "" : " apart", x.groups, sizeof(host_t), batch,
+            size, vocab, a.max_depth);
         for (int b = 0; b < batch; ++b) {
             for (const Results& r : results)
                 std::printf("  accept_length %d, last_node %d, next_token %ld, finished %d\n",
@@ -203,7 +219,8 @@ int main(int argc, char** argv) {
         for (int round = 0; round < rounds; ++round) {
             // A walk, and all nodes at once with one and with several rows a cluster.
             for (const Launch& x : {Launch{1, 1}, Launch{1, 3}, Launch{1, 80}, Launch{2, 1},
-                                    Launch{2, 4}, Launch{4, 1}}) {
+                                    Launch{2, 4}, Launch{4, 1}, Launch{2, 80, false}}) {
+                if (!x.clustered && mode != kGreedy) continue;
                 run_case<__nv_bfloat16, bf16_t, true>(mode, x);
                 if (round % 3 == 0) run_case<__half, fp16_t, true>(mode, x);
                 if (round % 3 == 1) run_case<float, float, true>(mode, x);

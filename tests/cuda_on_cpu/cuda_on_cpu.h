@@ -88,6 +88,7 @@ struct Thread {
     bool begun = false, done = false;
     Barrier* waits_for = nullptr;  // until its generation is no longer `seen`
     long seen = 0, cluster_seen = 0;
+    int looks = 0;             // at words that others send
     std::vector<Copy> copies;  // asynchronous ones, until they are waited for
     ucontext_t start;
     jmp_buf state;
@@ -206,6 +207,7 @@ inline void run_blocks(void (*kernel)(char*), std::vector<int> which, int num_th
         t.index = i % num_threads;
         t.begun = t.done = false;
         t.waits_for = nullptr;
+        t.looks = 0;
         t.copies.clear();
         t.stack.resize(kStack);
         ready[i] = i;
@@ -373,6 +375,16 @@ inline void wait_for_copies() {
     cuda_on_cpu::current->copies.clear();
 }
 inline void touch(int32_t) {}
+template <typename T>
+void send(T* to, T word) {
+    *to = word;
+}
+inline uint64_t look(const uint64_t* at) {
+    if (++cuda_on_cpu::current->looks > 10000) cuda_on_cpu::fail("a thread looks for ever");
+    const uint64_t word = *at;
+    cuda_on_cpu::yield();
+    return word;
+}
 
 template <typename scalar_t>
 uint32_t max_or_nan(uint32_t a, uint32_t b) {
