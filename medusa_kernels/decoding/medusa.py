@@ -12,6 +12,7 @@ from .._checks import check_tensor
 from ..tree import MAX_NODES, TokenTree
 from .cpu import linear
 from .drafters import DraftState
+from .gpu import topk
 from .heads import WEIGHTS_NAME, MedusaHeads, SequentialHeads
 from .models import SMOLLM2
 
@@ -38,14 +39,16 @@ class MedusaDrafter:
         self.top_k = int(tree.ranks.max()) + 1
         self.tree = tree.to(heads.weight.device)
         self.num_nodes, self.max_depth = tree.size, tree.max_depth
+        # As `TokenTree.candidates`, with the nodes' places looked up once.
+        self.head, self.rank = self.tree.depths[1:].long() - 1, self.tree.ranks[1:].long()
 
     def draft(self, state: DraftState) -> tuple[Tensor, TokenTree]:
         check_tensor("state.hidden", state.hidden, shape=(None, self.heads.hidden_size), dtype=self.heads.weight.dtype)
+        root = state.root.unsqueeze(1)
         if self.num_nodes == 1:
-            return state.root.unsqueeze(1), self.tree
-        logits = self.heads(state.hidden, state.root.unsqueeze(0))
-        tokens = logits.topk(self.top_k).indices  # [heads, B, k]
-        return self.tree.candidates(state.root, tokens.transpose(0, 1).contiguous()), self.tree
+            return root, self.tree
+        tokens = topk(self.heads(state.hidden, state.root.unsqueeze(0)), self.top_k)[1]  # [heads, B, k]
+        return torch.cat([root, tokens[self.head, :, self.rank].T], 1), self.tree
 
 
 class DynamicMedusaDrafter:
@@ -112,7 +115,7 @@ class SequentialDrafter:
         drafted = [tokens]
         for head, (top_k, inner, parent, rank) in enumerate(self.levels):
             states = self.heads.step(head, states[:, inner], tokens[:, inner])
-            best = linear(states, self.heads.projection(head)).topk(top_k).indices
+            best = topk(linear(states, self.heads.projection(head)), top_k)[1]
             tokens, states = best[:, parent, rank], states[:, parent]
             drafted.append(tokens)
         return torch.cat(drafted, 1)[:, self.place], self.tree
@@ -157,7 +160,7 @@ class DynamicSequentialDrafter:
         for head in range(self.max_depth):
             states = self.heads.step(head, states, tokens)
             logits = linear(states, self.heads.projection(head))
-            best, children = logits.topk(self.top_k)
+            best, children = topk(logits, self.top_k)
             log_p = best.float() - logits.float().logsumexp(-1, keepdim=True)
             # No child is likelier than its parent: rounding may leave more than 0.
             below = (scores.unsqueeze(-1) + log_p.clamp(max=0.0)).flatten(1)
