@@ -13,7 +13,7 @@ evaluated, and near-greedy text leads through contexts that greedy text alone do
 GPU: Medusa-1 with the paper's heads (`paper`) and with heads that see the root (`medusa1`), sequential heads
 (`sequential`) and Medusa-2 (`medusa2`); asked for by name, `hard`, which is `medusa1` without the model's own
 distribution as a target. Texts and tokens a step come from batches, decoded side by side too; what is timed runs alone,
-once more with Liger's layers where `liger-kernel` is installed.
+once more with Liger's layers where `liger-kernel` is installed. Jobs side by side spread over the machine's GPUs.
 Everything goes to benchmarks/results/<card>_medusa_smollm2.json.
 """
 
@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
@@ -43,7 +44,7 @@ VARIANTS = {  # command of medusa_kernels.training, and its settings
     "medusa1": ("medusa1", ["num_layers=2", "learning_rate=2e-3"]),
     "hard": ("medusa1", ["num_layers=2", "learning_rate=2e-3", "soft=0"]),
     "sequential": ("medusa1", ["sequential=true", "num_layers=3", "learning_rate=2e-3"]),
-    "medusa2": ("medusa2", ["num_layers=2", "learning_rate=2.5e-4", "heads_lr_multiple=6"]),
+    "medusa2": ("medusa2", ["num_layers=2", "learning_rate=2.5e-4", "heads_lr_multiple=6", "heads_weight=0.01"]),
 }
 
 
@@ -66,6 +67,12 @@ class Sizes:
     timed_per_category: int = 1
 
 
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 # For a look at whether it runs, on a CPU too.
 QUICK = Sizes(
     own=24, batch=12, new_tokens=24, prompts=24, train_batch=4, epochs=1, holdout=12, search_holdout=8, top_k=64,
@@ -77,15 +84,24 @@ class Run:
     def __init__(self, args: argparse.Namespace):
         self.args, self.sizes, self.work = args, QUICK if args.quick else Sizes(), args.work.resolve()
         self.model, self.failed = self.work / "model", []
+        self.jobs, self.lock = [0] * max(1, count_gpus()), threading.Lock()  # running on each GPU
         (self.work / "logs").mkdir(parents=True, exist_ok=True)
 
     def training(self, name: str, *arguments: str) -> bool:
-        """`python -m medusa_kernels.training`, its output in logs/. False, and noted, if it failed."""
+        """`python -m medusa_kernels.training` on the GPU with the fewest jobs, its output in logs/. False, and noted,
+        if it failed."""
         log, began = self.work / "logs" / f"{name}.log", time.monotonic()
         env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4))}
+        with self.lock:
+            gpu = self.jobs.index(min(self.jobs))
+            self.jobs[gpu] += 1
+        if len(self.jobs) > 1:
+            env["CUDA_VISIBLE_DEVICES"] = str(gpu)
         with log.open("a") as out:
             command = [sys.executable, "-m", "medusa_kernels.training", *arguments]
             code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=env).returncode
+        with self.lock:
+            self.jobs[gpu] -= 1
         good = code in (0, 3)  # 3: out of time
         how = "done" if good else f"FAILED ({code}), see {log}"
         lines = log.read_text(errors="replace").splitlines()  # at a progress bar's carriage returns, too

@@ -309,6 +309,24 @@ struct Accept {
         return element(make_uint4(s.weights[threadIdx.x], 0, 0, 0), 0);
     }
 
+    // Of a vector: the greatest of each half of its words; of such halves; whether `best`, which
+    // nothing exceeds, is in it; whether something in it is not below `least`, which may be NaN.
+    __device__ static uint32_t greatest_word(const uint4& part) {
+        return ptx::max_or_nan<scalar_t>(ptx::max_or_nan<scalar_t>(part.x, part.y),
+                                         ptx::max_or_nan<scalar_t>(part.z, part.w));
+    }
+    __device__ static float greater_half(uint32_t word) {
+        const uint4 both{word, word, word, word};
+        return __uint_as_float(ptx::max_or_nan<float>(__float_as_uint(element(both, 0)),
+                                                      __float_as_uint(element(both, 1))));
+    }
+    __device__ static bool has_equal(const uint4& part, float best) {
+        return greater_half(greatest_word(part)) == best;
+    }
+    __device__ static bool reaches(const uint4& part, float least) {
+        return !(greater_half(greatest_word(part)) < least);
+    }
+
     // Starts the loads of a row that is kept; its first and last vector may be partial.
     __device__ void fetch(const Span& x) {
 #pragma unroll kLoads
@@ -332,6 +350,32 @@ struct Accept {
             const uint4 part = from_kept ? kept[v - x.base] : load(x, v);
 #pragma unroll
             for (int e = 0; e < kVector; ++e) f(v * kVector - x.skew + e, element(part, e));
+        }
+    }
+    // f(logit) for all that are not below `least` (NaN: for all), and for some that are: not for
+    // vectors that have nothing else. They are marked first, so that a warp takes as many turns as
+    // the lane with the most of them, not one for every vector that any of its lanes needs.
+    template <bool from_kept, typename F>
+    __device__ void for_each_from(float least, const Span& x, F&& f) const {
+#pragma unroll 1
+        for (int first = x.begin + lane; first < x.end; first += 32 * kResident) {
+            const int count = min((x.end - first + 31) / 32, kResident);
+            uint32_t which = (1u << count) - 1;
+            if (least == least) {
+                which = 0;
+#pragma unroll kLoads
+                for (int i = 0; i < count; ++i) {
+                    const int v = first + 32 * i;
+                    if (reaches(from_kept ? kept[v - x.base] : load(x, v), least)) which |= 1u << i;
+                }
+            }
+#pragma unroll 1
+            for (; which; which &= which - 1) {
+                const int v = first + 32 * lowest_bit(which);
+                const uint4 part = from_kept ? kept[v - x.base] : load(x, v);
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) f(element(part, e));
+            }
         }
     }
 
@@ -363,21 +407,6 @@ struct Accept {
             Op::template reduce<kValues>(values);
         }
         turn ^= 1;  // a block is at most one reduction ahead of another
-    }
-
-    // Of a vector: the greatest of each half of its words; of such halves; whether `best`, which
-    // nothing exceeds, is in it.
-    __device__ static uint32_t greatest_word(const uint4& part) {
-        return ptx::max_or_nan<scalar_t>(ptx::max_or_nan<scalar_t>(part.x, part.y),
-                                         ptx::max_or_nan<scalar_t>(part.z, part.w));
-    }
-    __device__ static float greater_half(uint32_t word) {
-        const uint4 both{word, word, word, word};
-        return __uint_as_float(ptx::max_or_nan<float>(__float_as_uint(element(both, 0)),
-                                                      __float_as_uint(element(both, 1))));
-    }
-    __device__ static bool has_equal(const uint4& part, float best) {
-        return greater_half(greatest_word(part)) == best;
     }
 
     // Of all threads of the cluster: argmax_key of a row's greatest logit, where that has no NaN;
@@ -501,7 +530,7 @@ struct Accept {
                 const uint32_t begin = cutoff_begin(d, limit, d.total, p.a.vocab, top, kDrop);
                 d.cutoff = find_cutoff(limit, max(begin, d.cutoff), top, kDrop, &d.total,
                                        [&](const float* bounds, uint64_t (&sums)[kPivots]) {
-                                           for_each<kKeeps>(x, [&](int, float v) {
+                                           for_each_from<kKeeps>(bounds[0], x, [&](float v) {
                                                const uint32_t weight = counts.weight(v);
 #pragma unroll
                                                for (int j = 0; j < kPivots; ++j)
@@ -514,10 +543,11 @@ struct Accept {
             uint64_t total[1] = {0};
             if (alone) {
                 uint32_t count = 0;
-                for_each<kKeeps>(x, [&](int, float v) { count += v == d.max; });
+                for_each_from<kKeeps>(d.max, x, [&](float v) { count += v == d.max; });
                 total[0] = count * kWeightOfMax;
             } else {
-                for_each<kKeeps>(x, [&](int, float v) { total[0] += kept_weight(d, false, v); });
+                for_each_from<kKeeps>(key_value(d.cutoff), x,
+                                      [&](float v) { total[0] += kept_weight(d, false, v); });
             }
             all_reduce<Sum>(total);
             d.total = total[0];
@@ -534,8 +564,9 @@ struct Accept {
             if (s.fetched != node) fetch(x);
             ptx::wait_for_copies();
         }
+        const float least = key_value(d.cutoff);  // NaN where nothing is cut
         uint64_t sum = 0;
-        for_each<kKeeps>(x, [&](int, float v) { sum += kept_weight(d, typical, v); });
+        for_each_from<kKeeps>(least, x, [&](float v) { sum += kept_weight(d, typical, v); });
         uint64_t lost = 0;
         for (int c = lane; c < r.nodes && removes; c += 32) {
             if (!has(s.kids, c) || s.weights[c] == 0) continue;
@@ -586,6 +617,7 @@ struct Accept {
                 uint64_t mine = 0;
                 uint4 part{};
                 if (v < x.end) part = kKeeps ? kept[v - x.base] : load(x, v);
+                if (!__reduce_max_sync(kAllLanes, v < x.end && reaches(part, least))) continue;
 #pragma unroll
                 for (int e = 0; e < kVector; ++e)
                     weights[e] = v < x.end ? kept_weight(d, typical, element(part, e)) : 0;

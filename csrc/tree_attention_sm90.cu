@@ -96,8 +96,9 @@ __device__ __forceinline__ Work block_work(const AttentionParams& p) {
     const int tiles = (w.keys + kKeys - 1) / kKeys;
     w.whole = w.length / kKeys;
     w.cached = p.new_rows[0] ? w.whole : w.keys / kKeys;
-    w.lo = tiles * w.split / w.num_splits;
-    w.hi = tiles * (w.split + 1) / w.num_splits;
+    // The last split, whose tiles hold the nodes, has none too many.
+    w.lo = (tiles * w.split + w.num_splits - 1) / w.num_splits;
+    w.hi = (tiles * (w.split + 1) + w.num_splits - 1) / w.num_splits;
     return w;
 }
 
@@ -430,13 +431,13 @@ struct Consumer {
 
     // The softmax of a tile whose scores are there, under the last tile's product with V and the
     // next tile's scores.
-    template <int kNow, bool kFirst>
+    template <int kNow, bool kFirst, bool kMask>
     __device__ __forceinline__ void step(int tile) {
         const bool more = tile + 1 < w.hi;
         if constexpr (!kFirst) begin_out();
         begin_scores<1 - kNow>(more);
 
-        if (tile >= w.whole) hide(scores[kNow], tile);
+        if (kMask && tile >= w.whole) hide(scores[kNow], tile);
         float shrink[2] = {1.0f, 1.0f};
         const bool moves = softmax(scores[kNow], shrink);
         pin(scores[kNow]);
@@ -481,12 +482,18 @@ struct Consumer {
             arrive_free(0, k_ring);
             k_ring.advance();
             int tile = w.lo;
-            step<0, true>(tile);
+            step<0, true, true>(tile++);
+            const int whole = min(w.hi, w.whole);  // most tiles: their loop has no code for masks
 #pragma unroll 1
-            while (++tile < w.hi) {
-                step<1, false>(tile);
-                if (++tile == w.hi) break;
-                step<0, false>(tile);
+            for (; tile + 1 < whole; tile += 2) {
+                step<1, false, false>(tile);
+                step<0, false, false>(tile + 1);
+            }
+#pragma unroll 1
+            for (; tile < w.hi; ++tile) {
+                step<1, false, true>(tile);
+#pragma unroll
+                for (int i = 0; i < kKeys / 2; ++i) scores[1][i] = scores[0][i];
             }
             begin_out();
             wgmma_wait<0>();
@@ -513,103 +520,131 @@ struct Consumer {
     }
 };
 
-// Four dims of a row, of so many splits.
-struct RowSum {
-    float top = -INFINITY, sum = 0.0f;
-    float4 total = {0.0f, 0.0f, 0.0f, 0.0f};
+// What the splits of a row block left, of each row a reference and a sum, and D numbers: one split
+// in shared memory, or several in global memory, from where nothing may come out of the L1.
+template <typename C>
+struct PartInBlock {
+    const float* result;
+    const float2* stats;
 
-    template <int kCount>
-    __device__ __forceinline__ void add(const float2 (&stat)[kCount], const float4 (&x)[kCount]) {
-        float higher = top;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) higher = fmaxf(higher, stat[i].x);
-        const float base = higher == -INFINITY ? 0.0f : higher;
-        const float before = exp2_approx(top - base);
-        top = higher;
-        sum *= before;
-        total = {total.x * before, total.y * before, total.z * before, total.w * before};
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-            if (stat[i].y == 0.0f) continue;  // no key: the rest may be anything
-            const float weight = exp2_approx(stat[i].x - base);
-            sum += stat[i].y * weight;
-            total.x += x[i].x * weight;
-            total.y += x[i].y * weight;
-            total.z += x[i].z * weight;
-            total.w += x[i].w * weight;
-        }
+    __device__ __forceinline__ float2 stat(int, int row) const { return stats[row]; }
+    __device__ __forceinline__ float4 dims(int, int row, int dim) const {
+        return *reinterpret_cast<const float4*>(result + row * C::kResultStride + dim);
     }
 };
 
 template <typename C>
-__device__ __forceinline__ void write_row(const AttentionParams& p, const Work& w, int row, int dim,
-                                          const RowSum& r) {
-    using T = typename C::T;
-    const int of_head = w.first_row + row;
-    const int node = of_head / p.group;
-    if (node >= p.size) return;
-    const int head = w.head_kv * p.group + of_head - node * p.group;
-    const bool real = node < w.nodes && r.sum != 0.0f;  // NaN stays NaN
-    const float norm = real ? 1.0f / r.sum : 0.0f;
-    uint2 packed = {0, 0};
-    if (real) {
-        packed = {pack<T>(r.total.x * norm, r.total.y * norm),
-                  pack<T>(r.total.z * norm, r.total.w * norm)};
-    }
-    T* to = static_cast<T*>(p.out) + w.batch * p.out_strides.block +
-            int64_t(node) * p.out_strides.slot + int64_t(head) * p.out_strides.head + dim;
-    *reinterpret_cast<uint2*>(to) = packed;
-    if (p.lse && dim == 0) {
-        p.lse[(int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node] =
-            real ? (r.top + log2f(r.sum)) * kLn2 : -INFINITY;
-    }
-}
+struct PartsInMemory {
+    const float* partial;
+    const float2* stats;
 
-// The rows of a block that has all of their keys, from its shared memory.
-template <typename C>
-__device__ __forceinline__ void write_rows(const AttentionParams& p, const Work& w,
-                                           const float* result, const float2* stats, int thread) {
-    constexpr int kLanes = C::kDim / 4;  // threads of a row
-    constexpr int kPass = C::kGroups * kGroupThreads / kLanes;
-    const int dim = thread % kLanes * 4;
-#pragma unroll 4
-    for (int row = thread / kLanes; row < C::kRows; row += kPass) {
-        const float4 x = *reinterpret_cast<const float4*>(result + row * C::kResultStride + dim);
-        write_row<C>(p, w, row, dim, {stats[row].x, stats[row].y, x});
+    __device__ __forceinline__ float2 stat(int split, int row) const {
+        return __ldcg(stats + split * C::kRows + row);
     }
-}
+    __device__ __forceinline__ float4 dims(int split, int row, int dim) const {
+        return __ldcg(
+            reinterpret_cast<const float4*>(partial + (split * C::kRows + row) * C::kDim + dim));
+    }
+};
 
-// This block's share of the rows of splits that have all arrived, in the order of the splits. The
-// row block's results begin at `partial` and `stats`, in global memory.
-template <typename C>
+// Merges this block's share of the rows, in the order of the splits, and writes them. A warp takes
+// four rows at a time: of the weights lane l computes that of row l / 8 and split l % 8, as every
+// instruction counts where a block has little else to do.
+template <typename C, typename Parts>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Work& w,
-                                           const float* partial, const float2* stats, int thread) {
-    constexpr int kLanes = C::kDim / 4;  // threads of a row
-    constexpr int kPass = C::kGroups * kGroupThreads / kLanes;
-    constexpr int kAtOnce = 8;
-    const int dim = thread % kLanes * 4;
+                                           const Parts& parts, int warp, int lane) {
+    using T = typename C::T;
+    constexpr int kLanes = C::kDim / 4;     // of a row
+    constexpr int kRows = 4 * kLanes / 32;  // of a lane
+    constexpr int kSplits = 8;              // at once
+    const int dim = lane % kLanes * 4;
     const int first = C::kRows * w.split / w.num_splits;
     const int last = C::kRows * (w.split + 1) / w.num_splits;
+    const auto slot = [&](int r) { return r * (32 / kLanes) + lane / kLanes; };  // of the four
 #pragma unroll 1
-    for (int row = first + thread / kLanes; row < last; row += kPass) {
-        RowSum result;
-#pragma unroll 1
-        for (int split = 0; split < w.num_splits; split += kAtOnce) {
-            float2 stat[kAtOnce];
-            float4 x[kAtOnce];
+    for (int four = first + warp * 4; four < last; four += C::kGroups * 16) {
+        float4 x[kRows][kSplits];
+        const auto load = [&](int split) {
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                stat[i] = {-INFINITY, 0.0f};
-                x[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-                if (split + i < w.num_splits) {  // not from the L1, where they may be old
-                    const int64_t at = int64_t(split + i) * C::kRows + row;
-                    stat[i] = __ldcg(stats + at);
-                    x[i] = __ldcg(reinterpret_cast<const float4*>(partial + at * C::kDim + dim));
+            for (int i = 0; i < kSplits; ++i) {
+                if (split + i >= w.num_splits) break;
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+                    x[r][i] = parts.dims(split + i, min(four + slot(r), last - 1), dim);
                 }
             }
-            result.add(stat, x);
+        };
+        const int row = min(four + lane / kSplits, last - 1);
+        const auto stat = [&](int split) {
+            const int mine = split + lane % kSplits;
+            return mine < w.num_splits ? parts.stat(mine, row) : float2{-INFINITY, 0.0f};
+        };
+        load(0);
+        float2 now = stat(0);
+        float top = now.x, sum = now.y;
+#pragma unroll 1
+        for (int split = kSplits; split < w.num_splits; split += kSplits) {
+            const float2 next = stat(split);
+            const float higher = fmaxf(top, next.x), base = higher == -INFINITY ? 0.0f : higher;
+            sum = sum * exp2_approx(top - base) + next.y * exp2_approx(next.x - base);
+            top = higher;
         }
-        write_row<C>(p, w, row, dim, result);
+        float reference = top;
+#pragma unroll
+        for (int i = 1; i < kSplits; i *= 2) {
+            reference = fmaxf(reference, __shfl_xor_sync(~0u, reference, i));
+        }
+        const float base = reference == -INFINITY ? 0.0f : reference;
+        sum *= exp2_approx(top - base);
+#pragma unroll
+        for (int i = 1; i < kSplits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+
+        float4 total[kRows] = {};
+        for (int split = 0;;) {
+            const float weight = exp2_approx(now.x - base);
+#pragma unroll
+            for (int i = 0; i < kSplits; ++i) {
+                if (split + i >= w.num_splits) break;
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) {
+                    const float factor = __shfl_sync(~0u, weight, slot(r) * kSplits + i);
+                    total[r].x = fmaf(x[r][i].x, factor, total[r].x);
+                    total[r].y = fmaf(x[r][i].y, factor, total[r].y);
+                    total[r].z = fmaf(x[r][i].z, factor, total[r].z);
+                    total[r].w = fmaf(x[r][i].w, factor, total[r].w);
+                }
+            }
+            split += kSplits;
+            if (split >= w.num_splits) break;
+            load(split);
+            now = stat(split);
+        }
+
+        const int of_head = w.first_row + row, node = of_head / p.group;
+        const int head = w.head_kv * p.group + of_head - node * p.group;
+        const bool real = node < w.nodes && sum != 0.0f;  // NaN stays NaN
+        const float norm = real ? 1.0f / sum : 0.0f;
+        const int64_t place =
+            w.batch * p.out_strides.block + node * p.out_strides.slot + head * p.out_strides.head;
+        const bool exists = four + lane / kSplits < last && node < p.size;
+        if (p.lse && exists && lane % kSplits == 0) {
+            p.lse[(int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node] =
+                real ? (reference + log2f(sum)) * kLn2 : -INFINITY;
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            const int from = slot(r) * kSplits;
+            const float factor = __shfl_sync(~0u, norm, from);
+            const int64_t at = __shfl_sync(~0u, place, from);
+            uint2 packed = {0, 0};
+            if (factor != 0.0f) {
+                packed = {pack<T>(total[r].x * factor, total[r].y * factor),
+                          pack<T>(total[r].z * factor, total[r].w * factor)};
+            }
+            if (__shfl_sync(~0u, exists, from)) {
+                *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at + dim) = packed;
+            }
+        }
     }
 }
 
@@ -677,7 +712,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             float2* stats = reinterpret_cast<float2*>(result + C::kStats / 4);
             consumer.template publish<C::kResultStride>(result, stats);
             sync_threads<2, kConsumers>();
-            write_rows<C>(p, w, result, stats, thread);
+            merge_rows<C>(p, w, PartInBlock<C>{result, stats}, thread / 32, lane);
         } else {
             const int64_t row_block =
                 (int64_t(w.batch) * p.heads_kv + w.head_kv) * gridDim.x + blockIdx.x;
@@ -695,7 +730,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                 }
             }
             sync_threads<2, kConsumers>();
-            merge_rows<C>(p, w, partial, stats, thread);
+            merge_rows<C>(p, w, PartsInMemory<C>{partial, stats}, thread / 32, lane);
         }
     }
     if (p.pair) cluster_wait();  // the other one arrives at this block's barriers until then

@@ -69,8 +69,7 @@ def prepare(
     q, k_cache, v_cache, k, v, packed_mask, block_table, sinks, k_scale, window, softcap, softmax_scale, out, num_sms,
     groups: int | None = None, num_splits: int | None = None, pair: bool | None = None,
 ) -> Launch | None:  # fmt: skip
-    """The launch that does what these arguments ask, or None where it cannot, or where Triton's is faster: with up to
-    64 rows a KV head in a contiguous cache, which memory bounds.
+    """The launch that does what these arguments ask, or None where it cannot, or where Triton's is faster.
 
     groups: of 64 rows in a row block, 1 or 2; num_splits: blocks that share a row block's keys; pair: two row blocks of
     a KV head copy for each other. None: chosen here.
@@ -90,21 +89,23 @@ def prepare(
     num_blocks, block_size, heads_kv = k_cache.shape[:3]
     rows = size * heads // heads_kv
     paged = block_table is not None
-    if (paged and (block_size < 16 or block_size & (block_size - 1))) or (groups is None and rows <= 64 and not paged):
+    if paged and (block_size < 16 or block_size & (block_size - 1)):
         return None
     caches = (x for x in (k_cache, v_cache, k, v) if x is not None)
     if not (all(_aligned(x, 16) for x in caches) and _aligned(q, 4) and _aligned(out, 8)):
         return None
-    groups = groups or (2 if rows > 64 else 1)
-    row_blocks = math.ceil(rows / (64 * groups))
     max_blocks = block_table.shape[1] if paged else 0
-    blocks = batch * heads_kv * row_blocks
+    capacity = block_size * (max_blocks or 1)
     if heads_kv * MAX_SPLITS > 65535 or batch > 65535:
         return None
+    chosen = choose(rows, batch * heads_kv, capacity, num_sms, groups)
+    if groups is None and not paged and _is_triton_faster(rows, capacity, chosen[1]):
+        return None
+    groups, num_splits = chosen[0], chosen[1] if num_splits is None else num_splits
+    row_blocks = math.ceil(rows / (64 * groups))
+    blocks = batch * heads_kv * row_blocks
     resident = num_sms * (2 if groups == 1 else 1)  # one group is for what memory bounds: two blocks a multiprocessor
-    if num_splits is None:
-        num_splits = choose_splits(blocks, block_size * (max_blocks or 1), resident, num_sms)
-    elif not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
+    if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
     if pair is None:  # 10% for pages in one wave of blocks, nothing or a loss elsewhere
         pair = paged and num_splits == 1 and row_blocks % 2 == 0 and blocks <= resident
@@ -121,17 +122,38 @@ def prepare(
     return Launch(plan, work, q.device)
 
 
-def choose_splits(blocks: int, capacity: int, resident: int, num_sms: int) -> int:
-    """Splits of a row block that take least, in units of a tile: a block costs about three tiles beside its own, a
-    merge four; two blocks of a multiprocessor share its time; more than one wave of splits always lost."""
+def choose(rows: int, heads: int, capacity: int, num_sms: int, groups: int | None = None) -> tuple[int, int]:
+    """`groups` and `num_splits` that take least by a model of what blocks cost to begin, to merge, and a tile, whose
+    numbers are µs on an H100. More blocks than multiprocessors never paid where there are splits.
+
+    heads: KV heads of all requests; capacity: slots of a request
+    """
     tiles = math.ceil(capacity / KEYS)
 
-    def cost(splits: int) -> int:
-        share = 2 if resident > num_sms and blocks * splits > num_sms else 1
-        waves = math.ceil(blocks * splits / resident)
-        return waves * (share * math.ceil(tiles / splits) + 3) + (4 if splits > 1 else 0)
+    def blocks(groups: int) -> int:
+        return heads * math.ceil(rows / (64 * groups))
 
-    return min(range(1, max(min(MAX_SPLITS, tiles, resident // blocks), 1) + 1), key=cost)
+    def cost(choice: tuple[int, int]) -> float:
+        groups, splits = choice
+        shared = groups == 1 and blocks(1) * splits > num_sms  # two blocks a multiprocessor, each slower
+        waves = math.ceil(blocks(groups) * splits / (num_sms * (2 if shared else 1)))
+        begin, tile = (7.5, 0.8) if groups == 2 else (5.0, 1.0 if shared else 0.65)
+        merge = 2 + 0.2 * splits if splits > 1 else 0
+        return waves * (begin + tile * tiles / splits) + merge
+
+    return min(
+        (
+            (g, splits)
+            for g in ([groups] if groups else (1, 2) if rows > 64 else (1,))
+            for splits in range(1, max(1, min(MAX_SPLITS, tiles, num_sms // blocks(g))) + 1)
+        ),
+        key=cost,
+    )
+
+
+def _is_triton_faster(rows: int, capacity: int, num_splits: int) -> bool:
+    """In a contiguous cache: where memory bounds many blocks of few rows, which Triton's smaller tiles suit."""
+    return rows <= 64 and (num_splits == 1 or (rows <= 16 and num_splits <= 4 and capacity > 12 * KEYS * num_splits))
 
 
 def _strides(x: Tensor | None) -> list[int]:

@@ -1,6 +1,7 @@
 """Hopper's CUDA kernel for tree attention against the reference, with every block size and number of splits."""
 
 import ctypes
+import math
 import re
 from pathlib import Path
 
@@ -162,21 +163,18 @@ def test_plan_is_the_kernels_struct():
     assert declared == [(name, ctypes.sizeof(kind)) for name, kind in _sm90._Plan._fields_]
 
 
-def test_choose_splits():
-    """One wave at most; none where a request's blocks fill the GPU; more for a longer cache."""
-    for blocks, capacity, resident in (
-        (1, 100, 132),
-        (16, 8256, 132),
-        (32, 2048, 264),
-        (128, 4160, 132),
-        (600, 64, 132),
-    ):
-        splits = _sm90.choose_splits(blocks, capacity, resident, 132)
-        assert 1 <= splits <= min(_sm90.MAX_SPLITS, max(1, capacity // 64 + 1))
-        assert splits == 1 or blocks * splits <= resident
-    assert _sm90.choose_splits(128, 4160, 132, 132) == 1
-    assert _sm90.choose_splits(16, 8256, 132, 132) == 8
-    assert _sm90.choose_splits(2, 320, 132, 132) < _sm90.choose_splits(2, 8256, 132, 132)
+def test_choose():
+    """Splits fit the GPU at once; none where blocks fill it without; more for a longer cache."""
+    for rows, heads, capacity in ((64, 1, 100), (256, 8, 8256), (64, 32, 2048), (256, 64, 4160), (1, 600, 64)):
+        groups, splits = _sm90.choose(rows, heads, capacity, 132)
+        blocks = heads * math.ceil(rows / (64 * groups))
+        assert 1 <= splits <= min(_sm90.MAX_SPLITS, math.ceil(capacity / 64)) and groups <= (2 if rows > 64 else 1)
+        assert splits == 1 or blocks * splits <= 132
+    assert _sm90.choose(256, 64, 4160, 132) == (2, 1)
+    assert _sm90.choose(256, 8, 8256, 132) == (2, 8)
+    assert _sm90.choose(256, 8, 1088, 132) == (1, 4)
+    assert _sm90.choose(256, 8, 1088, 132, groups=2)[0] == 2
+    assert _sm90.choose(128, 1, 320, 132)[1] < _sm90.choose(128, 1, 8256, 132)[1]
 
 
 def prepare(case, **chosen):
@@ -191,7 +189,7 @@ def prepare(case, **chosen):
 def test_plan_of_a_call(monkeypatch):
     monkeypatch.setattr(_sm90, "_kernel", lambda: object())
     case = Case(**{**BASE, "heads_kv": 3, "strided": True, "append": True})
-    plan = prepare(case).plan
+    plan = prepare(case, groups=2).plan
     q, k_cache, _, tree, _, kw = case.build()
     assert (plan.batch, plan.size, plan.heads_kv, plan.group, plan.dim) == (2, 64, 3, 4, 128)
     assert (plan.num_blocks, plan.block_size, plan.max_blocks) == (2, k_cache.shape[1], 0)
@@ -203,12 +201,16 @@ def test_plan_of_a_call(monkeypatch):
 
 
 def test_what_is_served(monkeypatch):
-    serves = lambda **options: prepare(Case(**{**BASE, "lengths": [200, 130], **options})) is not None  # noqa: E731
+    serves = lambda **options: prepare(Case(**{**BASE, "lengths": [2000, 130], **options})) is not None  # noqa: E731
     monkeypatch.setattr(_sm90, "_kernel", lambda: None)  # built without CUDA
     assert not serves()
     monkeypatch.setattr(_sm90, "_kernel", lambda: object())
-    assert serves() and serves(group=1, block_size=16) and serves(append=True, head_dim=64)
-    assert not serves(group=1) and not serves(block_size=8) and not serves(head_dim=96)
+    assert serves() and serves(group=1, block_size=16) and serves(append=True, head_dim=64) and serves(group=1)
+    assert not serves(block_size=8) and not serves(head_dim=96)
+    assert not serves(group=1, heads_kv=80)  # few rows, no splits
+    assert serves(group=1, size=1, num_nodes=[1, 1]) and not serves(
+        group=1, heads_kv=20, size=1, num_nodes=[1, 1], lengths=[9000, 1]
+    )
     assert not serves(dtype=torch.float32) and not serves(window=50) and not serves(softcap=5.0)
     assert not serves(sinks=True) and not serves(fp8=True)
 
@@ -217,10 +219,12 @@ def test_when_blocks_pair(monkeypatch):
     """Two blocks of a KV head, with pages, when all blocks fit the GPU at once and none is split."""
     monkeypatch.setattr(_sm90, "_kernel", lambda: object())
     options = {**BASE, "lengths": [64] * 8, "num_nodes": [64] * 8, "heads_kv": 8}
-    assert prepare(Case(**options, block_size=16)).plan.pair == 1
-    assert prepare(Case(**options)).plan.pair == 0
-    assert prepare(Case(**{**options, "group": 2}, block_size=16)).plan.pair == 0  # one block
-    assert prepare(Case(**{**options, "lengths": [64] * 9, "num_nodes": [64] * 9}, block_size=16)).plan.pair == 0
-    assert prepare(Case(**{**BASE, "lengths": [4000, 5]}, block_size=16)).plan.pair == 0  # split
+    assert prepare(Case(**options, block_size=16), groups=2).plan.pair == 1
+    assert prepare(Case(**options), groups=2).plan.pair == 0
+    assert prepare(Case(**{**options, "group": 2}, block_size=16), groups=2).plan.pair == 0  # one block
+    assert (
+        prepare(Case(**{**options, "lengths": [64] * 9, "num_nodes": [64] * 9}, block_size=16), groups=2).plan.pair == 0
+    )
+    assert prepare(Case(**{**BASE, "lengths": [4000, 5]}, block_size=16), groups=2).plan.pair == 0  # split
     with pytest.raises(ValueError, match="pair: expected False"):
-        prepare(Case(**{**options, "group": 2}), pair=True)
+        prepare(Case(**{**options, "group": 2}), groups=2, pair=True)
