@@ -9,11 +9,11 @@ from one machine to the other in a few files:
     python benchmarks/medusa_smollm2.py --stage train evaluate --data PACKED --train-seconds 150 ...
 
 The model answers the given prompts and prompts of its own, greedily and at temperature 0.3: greedy text is what is
-evaluated, and near-greedy text leads through contexts that greedy text alone does not show. Then, side by side on one
-GPU: Medusa-1 with the paper's heads (`paper`) and with heads that see the root (`medusa1`), sequential heads
-(`sequential`) and Medusa-2 (`medusa2`); asked for by name, `hard`, which is `medusa1` without the model's own
-distribution as a target. Texts and tokens a step come from batches, decoded side by side too; what is timed runs alone,
-once more with Liger's layers where `liger-kernel` is installed. Jobs side by side spread over the machine's GPUs.
+evaluated, and near-greedy text leads through contexts that greedy text alone does not show. Then, side by side:
+Medusa-1 with the paper's heads (`paper`) and with heads that see the root (`medusa1`), sequential heads (`sequential`)
+and Medusa-2 (`medusa2`); asked for by name, `hard`, which is `medusa1` without the model's own distribution as a target.
+Texts and tokens a step come from batches, decoded side by side too; what is timed runs alone on its GPU, once more with
+Liger's layers where `liger-kernel` is installed. Jobs side by side spread over the machine's GPUs.
 Everything goes to benchmarks/results/<card>_medusa_smollm2.json.
 """
 
@@ -110,8 +110,8 @@ class Run:
             self.failed.append(name)
         return good
 
-    def together(self, *jobs) -> None:
-        with ThreadPoolExecutor(len(jobs) or 1) as pool:
+    def together(self, *jobs, at_once: int | None = None) -> None:
+        with ThreadPoolExecutor(at_once or len(jobs) or 1) as pool:
             for job in [pool.submit(job) for job in jobs]:
                 job.result()
 
@@ -289,9 +289,9 @@ class Run:
             ]
         self.together(*jobs)
         self.report()
-        for name, fused in product(self.done(), (False, True)):  # each alone on the machine
-            self.timed(name, fused)
-            self.report()
+        timed = (lambda n=n, f=f: self.timed(n, f) for n, f in product(self.done(), (False, True)))
+        self.together(*timed, at_once=len(self.jobs))  # each alone on its GPU
+        self.report()
 
     def timed(self, name: str, fused: bool) -> None:
         """Batch 1, in the dtype that models run in, against plain decoding in the same decoder; phases of a step.

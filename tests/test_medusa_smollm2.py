@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import json
+import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +103,22 @@ def test_report_of_what_there_is(script, tmp_path):
         "overhead": 1.5,
     }
     assert "timed" not in got and "evaluation" in got and result["failed"] == []
+
+
+def test_jobs_side_by_side_spread_over_the_gpus(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "count_gpus", lambda: 2)
+    run = make_run(script, tmp_path)
+    both = threading.Barrier(2, timeout=20)
+    seen = []
+
+    def job(command, env, **_):
+        seen.append((command[-1], env["CUDA_VISIBLE_DEVICES"]))
+        if command[-1] != "last":
+            both.wait()
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(script.subprocess, "run", job)
+    run.together(*(lambda i=i: run.training(f"job{i}", str(i)) for i in range(2)))
+    assert sorted(gpu for _, gpu in seen) == ["0", "1"] and run.jobs == [0, 0]
+    run.training("last", "last")
+    assert seen[-1] == ("last", "0")
