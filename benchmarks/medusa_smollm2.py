@@ -11,7 +11,7 @@ from one machine to the other in a few files:
 The model answers the given prompts and prompts of its own, greedily and at temperature 0.3: greedy text is what is
 evaluated, and near-greedy text leads through contexts that greedy text alone does not show. Then, side by side:
 Medusa-1 with the paper's heads (`paper`) and with heads that see the root (`medusa1`), sequential heads (`sequential`)
-and Medusa-2 (`medusa2`); asked for by name, `hard`, which is `medusa1` without the model's own distribution as a target.
+and Medusa-2 (`medusa2`); asked for by name, `hard`, `medusa1` without the model's own distribution as a target.
 Texts and tokens a step come from batches, decoded side by side too; what is timed runs alone on its GPU, once more with
 Liger's layers where `liger-kernel` is installed. Jobs side by side spread over the machine's GPUs.
 Everything goes to benchmarks/results/<card>_medusa_smollm2.json.

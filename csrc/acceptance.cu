@@ -11,6 +11,7 @@
 #include "acceptance_args.h"
 #include "acceptance_kernel.h"
 #include "arrivals.h"
+#include "early_launch.h"
 
 namespace medusa_kernels {
 namespace {
@@ -22,6 +23,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     accept_kernel(const __grid_constant__ AcceptParams p) {
     __shared__ Shared shared;
     extern __shared__ uint4 row[];
+    wait_for_kernels_before();
     Accept<scalar_t, kKeeps, kGreedyOnly>(p, shared, row).run();
 }
 
@@ -31,6 +33,7 @@ struct Plan {
     int width;       // blocks that share a row
     bool clustered;  // which are a cluster then
     int groups;      // such blocks a request
+    int each;        // 16-byte vectors of a row that a warp has
     int row_bytes;   // of shared memory, for a block's part of a row; 0: it is not kept
     int device, most_row_bytes;
 };
@@ -64,9 +67,9 @@ Plan plan(const AcceptArgs& a, int itemsize, int device) {
     const int slots = sms * kBlocksPerSM, vector = 16 / itemsize;
     const int vectors = (a.vocab + vector - 1) / vector + 1;  // of a row that is not aligned
     const int most = std::min<int>(kThreads * kResident * 16, shared - sizeof(Shared));
+    const auto each = [&](int width) { return (vectors + width * kWarps - 1) / (width * kWarps); };
     const auto row_bytes = [&](int width) {
-        const int each = (vectors + width * kWarps - 1) / (width * kWarps);  // as in span()
-        return each <= most / (kWarps * 16) ? each * kWarps * 16 : 0;
+        return each(width) <= most / (kWarps * 16) ? each(width) * kWarps * 16 : 0;
     };
     // Measuring all nodes at once pays while it takes a round or two; a walk takes one a level,
     // each by as many blocks as have a vector for every thread.
@@ -85,18 +88,19 @@ Plan plan(const AcceptArgs& a, int itemsize, int device) {
                4 * width * kThreads <= vectors)
             width *= 2;
         if (at_once(groups) && width * a.size <= kMaxTreeNodes)
-            return {width, false, groups, row_bytes(width), device, most};
+            return {width, false, groups, each(width), row_bytes(width), device, most};
     } else {
         while (major >= 9 && width < kPortableCluster && row_bytes(width) == 0) width *= 2;
         const int groups = std::min(slots / (width * a.batch), width == 1 ? a.size + 1 : a.size);
-        if (at_once(groups)) return {width, width > 1, groups, row_bytes(width), device, most};
+        if (at_once(groups))
+            return {width, width > 1, groups, each(width), row_bytes(width), device, most};
     }
     int widest = 1;
     if (major >= 9) {
         while (widest < kMaxCluster && widest * kThreads < vectors && 2 * widest * a.batch <= slots)
             widest *= 2;
     }
-    return {widest, widest > 1, 1, row_bytes(widest), device, most};
+    return {widest, widest > 1, 1, each(widest), row_bytes(widest), device, most};
 }
 
 template <typename scalar_t, bool kKeeps, bool kGreedyOnly>
@@ -106,12 +110,14 @@ void launch(const AcceptParams& params, const Plan& x, cudaStream_t stream) {
     config.gridDim = dim3(x.width, x.groups, params.a.batch);
     config.blockDim = dim3(kThreads);
     config.stream = stream;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = x.width;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = x.clustered ? 1 : 0;
+    cudaLaunchAttribute attributes[2] = {};
+    config.attrs = attributes;
+    if (x.clustered) {
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {unsigned(x.width), 1, 1};
+    }
+    if (limits(x.device).major >= 9) attributes[config.numAttrs++] = early_launch();
     config.dynamicSmemBytes = x.row_bytes;
     const void* function = reinterpret_cast<const void*>(kernel);
     static std::atomic<uint64_t> ready{0};  // a bit for each device
@@ -165,6 +171,7 @@ Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
     const ScalarType type = logits.scalar_type();
     const Plan x = plan(params.a, type == ScalarType::Float ? 4 : 2, device);
     params.blocks = x.clustered ? x.width : 1;
+    params.each = x.each;
     if (x.groups > 1) {
         const int words = params.a.batch * params.a.size * x.width / params.blocks;
         params.first_mail = mail_turns.claim(words, static_cast<cudaStream_t>(stream));

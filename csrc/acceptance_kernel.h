@@ -12,6 +12,8 @@
 // of namespace ptx.
 #pragma once
 
+#include <cstddef>
+
 #include "acceptance.h"
 
 #if defined(__CUDACC__)
@@ -23,8 +25,9 @@
 
 namespace medusa_kernels::gpu::ptx {
 
+// Orders no access: a release is a fence of the whole GPU.
 __device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
@@ -56,8 +59,11 @@ __device__ __forceinline__ uint64_t look(const uint64_t* at) {
     return word;
 }
 
-// A load that nothing uses.
-__device__ __forceinline__ void touch(int32_t word) { asm volatile("" ::"r"(word)); }
+// Waits for a word of which nothing else is used. (ptxas leaves out a load that only an empty asm
+// uses.)
+__device__ __forceinline__ void touch(int32_t word) {
+    if (__any_sync(0xFFFFFFFFu, word == 0x5EEDF00D)) __nanosleep(0);
+}
 
 // The greater of two, or of two pairs of 16-bit ones; NaN if there is one.
 template <typename scalar_t>
@@ -106,9 +112,10 @@ constexpr uint64_t kNoNumber = 1;
 constexpr uint32_t kSent = 1u << 31, kIsChild = 1u << 30, kRejected = 0x7FFFFFFFu;
 
 struct AcceptParams {
-    AcceptArgs a;
     int32_t blocks;  // of a cluster; 1 where the blocks of a row work by themselves
     int32_t first_mail;
+    int32_t each;  // 16-byte vectors of a row that a warp has
+    AcceptArgs a;
 };
 
 template <typename scalar_t>
@@ -261,10 +268,9 @@ struct Accept {
         x.skew = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(scalar_t));
         x.vectors = reinterpret_cast<const uint4*>(row - x.skew);
         const int count = (x.skew + p.a.vocab + kVector - 1) / kVector;
-        const int units = gridDim.x * kWarps, each = (count + units - 1) / units;
-        x.base = rank() * kWarps * each;
-        x.begin = min(x.base + warp * each, count);
-        x.end = min(x.begin + each, count);
+        x.base = rank() * kWarps * p.each;
+        x.begin = min(x.base + warp * p.each, count);
+        x.end = min(x.begin + p.each, count);
         return x;
     }
     __device__ bool is_whole(const Span& x, int v) const {
@@ -353,26 +359,31 @@ struct Accept {
         }
     }
     // f(logit) for all that are not below `least` (NaN: for all), and for some that are: not for
-    // vectors that have nothing else. They are marked first, so that a warp takes as many turns as
-    // the lane with the most of them, not one for every vector that any of its lanes needs.
+    // vectors that have nothing else. Of a kept row those are marked first, so that a warp takes as
+    // many turns as the lane with the most of them, not one for each that any of its lanes needs.
     template <bool from_kept, typename F>
     __device__ void for_each_from(float least, const Span& x, F&& f) const {
-#pragma unroll 1
-        for (int first = x.begin + lane; first < x.end; first += 32 * kResident) {
-            const int count = min((x.end - first + 31) / 32, kResident);
-            uint32_t which = (1u << count) - 1;
+        if constexpr (from_kept) {
+            const int first = x.begin + lane;
+            uint32_t which = (1u << (x.end - first + 31) / 32) - 1;
             if (least == least) {
                 which = 0;
 #pragma unroll kLoads
-                for (int i = 0; i < count; ++i) {
-                    const int v = first + 32 * i;
-                    if (reaches(from_kept ? kept[v - x.base] : load(x, v), least)) which |= 1u << i;
+                for (int v = first, bit = 1; v < x.end; v += 32, bit *= 2) {
+                    if (reaches(kept[v - x.base], least)) which |= bit;
                 }
             }
 #pragma unroll 1
             for (; which; which &= which - 1) {
-                const int v = first + 32 * lowest_bit(which);
-                const uint4 part = from_kept ? kept[v - x.base] : load(x, v);
+                const uint4 part = kept[first - x.base + 32 * lowest_bit(which)];
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) f(element(part, e));
+            }
+        } else {
+#pragma unroll 1
+            for (int v = x.begin + lane; v < x.end; v += 32) {
+                const uint4 part = load(x, v);
+                if (!reaches(part, least)) continue;
 #pragma unroll
                 for (int e = 0; e < kVector; ++e) f(element(part, e));
             }
@@ -941,19 +952,21 @@ struct Accept {
     }
 
     __device__ void run() {
-        // Parameters come from memory, a miss a line: all misses at once.
-        if (threadIdx.x < int(sizeof(AcceptParams)) / 64) {
-            ptx::touch(reinterpret_cast<const int32_t*>(&p)[threadIdx.x * 16]);
-        }
+        // Parameters come from memory, a miss a line, and a warp takes one after another: so each
+        // warp loads another line first. The last ones are end tokens, if any.
+        constexpr int kLines = (offsetof(AcceptParams, a.eos_value) + 63) / 64;
+        ptx::touch(reinterpret_cast<const int32_t*>(&p)[min(warp, kLines - 1) * 16]);
         const Request request = load_request(p.a, b());
         const bool shares = gridDim.y > 1 && request.nodes > 0;
         if (!shares && blockIdx.y > 0) return;  // the whole cluster does
         if (threadIdx.x == 0) s.request = request;
-        Cluster::start();
+        if (p.blocks > 1) Cluster::start();
         enum { kShare, kWalk, kLast } stage = shares ? kShare : kWalk;
         int node = shares ? blockIdx.y : 0;
         load_tree(request, node);
-        Cluster::started();
+        if (p.blocks > 1) {
+            Cluster::started();
+        }
         if (stage == kWalk) {
             if (p.a.generator) take_seed();
             if (threadIdx.x == 0) s.accepted[0] = 1;

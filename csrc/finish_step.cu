@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include "early_launch.h"
 #include "finish_step.h"
 #include "finish_step_kernel.h"
 
@@ -23,9 +24,8 @@ std::tuple<Tensor, Tensor> finish_step(Tensor accept_length, Tensor last_node, T
     const torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    finish_step_kernel<<<a.batch, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        a, has_wide_rows(a));
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_early(finish_step_kernel, dim3(a.batch), dim3(kThreads),
+                 static_cast<cudaStream_t>(stream), a, has_wide_rows(a));
     return outputs;
 }
 

@@ -6,6 +6,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+
+#include "early_launch.h"
 #else
 #include "cuda_on_cpu.h"
 #endif
@@ -25,6 +27,7 @@ __device__ void copy_row(const FinishArgs& a, int b) {
 
 __global__ void __launch_bounds__(kThreads)
     finish_step_kernel(const __grid_constant__ FinishArgs a, bool wide) {
+    wait_for_kernels_before();
     const int b = blockIdx.x;
     const Finish finish(a, b);
     for (int column = threadIdx.x; column <= a.columns; column += kThreads)

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include "arrivals.h"
+#include "early_launch.h"
 #include "kv_cache_args.h"
 #include "kv_cache_kernel.h"
 
@@ -19,6 +20,7 @@ template <int kMaxCaches>
 __global__ void __launch_bounds__(kThreads + 32)
     compact_kernel(const __grid_constant__ CompactParams<kMaxCaches> p) {
     __shared__ alignas(16) Move moves[kMaxNodes];
+    wait_for_kernels_before();
     compact(p, moves);
 }
 
@@ -32,9 +34,8 @@ void launch(const CompactArgs& args, int begin, int end, cudaStream_t stream) {
     MK_CHECK_VALUE(tiles <= std::numeric_limits<int32_t>::max(), "kv: too large for one launch");
     p.first_arrival =
         end == static_cast<int>(args.caches.size()) ? arrival_turns.claim(args.batch, stream) : -1;
-    compact_kernel<kMaxCaches>
-        <<<dim3(static_cast<uint32_t>(tiles), args.batch), kThreads + 32, 0, stream>>>(p);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    launch_early(compact_kernel<kMaxCaches>, dim3(static_cast<uint32_t>(tiles), args.batch),
+                 dim3(kThreads + 32), stream, p);
 }
 
 void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Tensor accept_length,

@@ -107,8 +107,8 @@ def prepare(
     resident = num_sms * (2 if groups == 1 else 1)  # one group is for what memory bounds: two blocks a multiprocessor
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
-    if pair is None:  # 10% for pages in one wave of blocks, nothing or a loss elsewhere
-        pair = paged and num_splits == 1 and row_blocks % 2 == 0 and blocks <= resident
+    if pair is None:  # 8% for small pages in one wave of blocks, nothing or a loss elsewhere
+        pair = paged and block_size < 32 and num_splits == 1 and row_blocks % 2 == 0 and blocks <= resident
     elif pair and row_blocks % 2:
         raise ValueError(f"pair: expected False for {row_blocks} row blocks, got True")
     plan = _Plan(

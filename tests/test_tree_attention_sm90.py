@@ -216,11 +216,12 @@ def test_what_is_served(monkeypatch):
 
 
 def test_when_blocks_pair(monkeypatch):
-    """Two blocks of a KV head, with pages, when all blocks fit the GPU at once and none is split."""
+    """Two blocks of a KV head, with small pages, when all blocks fit the GPU at once and none is split."""
     monkeypatch.setattr(_sm90, "_kernel", lambda: object())
     options = {**BASE, "lengths": [64] * 8, "num_nodes": [64] * 8, "heads_kv": 8}
     assert prepare(Case(**options, block_size=16), groups=2).plan.pair == 1
     assert prepare(Case(**options), groups=2).plan.pair == 0
+    assert prepare(Case(**options, block_size=32), groups=2).plan.pair == 0
     assert prepare(Case(**{**options, "group": 2}, block_size=16), groups=2).plan.pair == 0  # one block
     assert (
         prepare(Case(**{**options, "lengths": [64] * 9, "num_nodes": [64] * 9}, block_size=16), groups=2).plan.pair == 0

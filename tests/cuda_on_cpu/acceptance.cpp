@@ -29,11 +29,12 @@ void kernel(char* shared) {
 }
 
 template <typename scalar_t, bool kKeeps>
-void launch(const gpu::AcceptParams& p, const Launch& x) {
+void launch(gpu::AcceptParams p, const Launch& x) {
     params = &p;
     const int vectors = p.a.vocab * static_cast<int>(sizeof(scalar_t)) / 16 + 2;
     const int units = x.width * gpu::kWarps;
-    const size_t row_bytes = kKeeps ? size_t((vectors + units - 1) / units) * gpu::kWarps * 16 : 0;
+    p.each = (vectors + units - 1) / units;
+    const size_t row_bytes = kKeeps ? size_t(p.each) * gpu::kWarps * 16 : 0;
     const bool greedy = p.a.mode.value == kGreedy && chance(50);
     cuda_on_cpu::grid = {x.width, x.groups, p.a.batch};
     // In random order, but a request's last group, which waits for the others, after them.
@@ -186,7 +187,7 @@ void run_case(int mode, const Launch& x) {
     put_into(results[1]);
     uint64_t generator[2] = {static_cast<uint64_t>(a.seed), offset};
     if (offset) a.generator = generator;
-    launch<scalar_t, kKeeps>({a, x.clustered ? x.width : 1, pick(0, 9)}, x);
+    launch<scalar_t, kKeeps>({x.clustered ? x.width : 1, pick(0, 9), 0, a}, x);
 
     bool same = results[0].ints == results[1].ints && results[0].longs == results[1].longs;
     for (int b = 0; b < batch; ++b) same &= results[0].finished[b] == results[1].finished[b];
