@@ -198,7 +198,10 @@ class Run:
 
         def variant(name: str) -> None:
             command, settings = VARIANTS[name]
-            output = self.work / name
+            output, trained = self.work / name, self.work / "medusa1"
+            if command == "medusa2" and (trained / "tree.json").is_file():  # heads there are, of an earlier run
+                settings = [*settings, f"heads={trained}", "stage1=0.1"]
+            self.note(f"settings_{name}", settings)
             if not (output / "medusa_heads.safetensors").is_file() and not self.training(
                 f"train_{name}", command, f"model={self.model}", f"data=[{','.join(folders)}]", f"output={output}",
                 f"batch_size={sizes.train_batch}", f"epochs={sizes.epochs}", f"seconds={self.args.train_seconds}",
@@ -322,7 +325,7 @@ class Run:
 
     # ---- report ----
 
-    def note(self, name: str, value: dict) -> None:
+    def note(self, name: str, value: dict | list) -> None:
         (self.work / f"{name}.json").write_text(json.dumps(value))
 
     def read(self, path: Path) -> dict | None:
@@ -357,7 +360,8 @@ class Run:
 
     def variant(self, name: str) -> dict:
         folder = self.work / name
-        out: dict = {"command": VARIANTS[name][0], "settings": VARIANTS[name][1]}
+        settings = self.read(self.work / f"settings_{name}.json") or VARIANTS[name][1]
+        out: dict = {"command": VARIANTS[name][0], "settings": [s.replace(f"{self.work}/", "") for s in settings]}
         if (folder / "log.jsonl").is_file():
             log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             shown = [*log[:: max(1, len(log) // 24)], log[-1]]
