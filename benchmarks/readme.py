@@ -11,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CARD = "nvidia-h100-80gb-hbm3"
+CARD = "nvidia-h200"  # of the operators and the step
+MEDUSA_CARD = "nvidia-h100-80gb-hbm3"
 
 
 def operator_table(op: str) -> str:
@@ -72,7 +73,7 @@ HEADS = {
 
 def medusa_table() -> str:
     """SmolLM2-135M-Instruct with each kind of heads, from `medusa_smollm2.py`; by category, the heads that it ships."""
-    path = RESULTS / f"{CARD}_medusa_smollm2.json"
+    path = RESULTS / f"{MEDUSA_CARD}_medusa_smollm2.json"
     if not path.is_file():
         return "**Medusa heads**: not measured yet."
     data = json.loads(path.read_text())
