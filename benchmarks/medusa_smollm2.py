@@ -6,7 +6,7 @@ Each stage skips what is done, so that the same command goes on where it was. In
 from one machine to the other in a few files:
 
     python benchmarks/medusa_smollm2.py --stage distill --distill-seconds 150 --pack PACKED ...
-    python benchmarks/medusa_smollm2.py --stage train evaluate --data PACKED --train-seconds 150 ...
+    python benchmarks/medusa_smollm2.py --stage train evaluate time --data PACKED --train-seconds 150 ...
 
 The model answers the given prompts and prompts of its own, greedily and at temperature 0.3: greedy text is what is
 evaluated, and near-greedy text leads through contexts that greedy text alone does not show. Then, side by side:
@@ -292,6 +292,10 @@ class Run:
             ]
         self.together(*jobs)
         self.report()
+
+    # ---- time ----
+
+    def time(self) -> None:
         timed = (lambda n=n, f=f: self.timed(n, f) for n, f in product(self.done(), (False, True)))
         self.together(*timed, at_once=len(self.jobs))  # each alone on its GPU
         self.report()
@@ -441,7 +445,7 @@ def summary(data: dict, group: str | None) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("distill", "train", "evaluate")
+    stages = ("distill", "train", "evaluate", "time")
     parser.add_argument("--stage", nargs="+", choices=stages, default=stages)
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of training prompts")
     parser.add_argument("--questions", type=Path, nargs="+", required=True, help="JSONL to evaluate on, MT-bench first")

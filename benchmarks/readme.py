@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CARD = "nvidia-h200"  # of the operators and the step
-MEDUSA_CARD = "nvidia-h100-80gb-hbm3"
+MEDUSA_CARD = "nvidia-h200"
 
 
 def operator_table(op: str) -> str:
