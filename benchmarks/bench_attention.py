@@ -426,6 +426,29 @@ def flashinfer_fa2(inputs: Inputs) -> Prepared:
     return _prepared(inputs, [partial(wrapper.run, q.flatten(0, 1), tuple(kv)) for q, *kv in zip(inputs.q, k, v)])
 
 
+def flashinfer_decode(inputs: Inputs) -> Prepared:
+    """FlashInfer's decode kernel over a paged cache, with tensor cores where its documentation advises them."""
+    flashinfer, case = import_peer("flashinfer", inputs.device), inputs.case
+    if case.nodes > 1 or case.fp8 or case.window:
+        raise Unsupported("one node, no fp8 cache, no window")
+    block_size = case.block_size or 64
+    k, v, table = _blocks(inputs, block_size)
+    keys = [length + 1 for length in case.lengths]
+    used = [-(-n // block_size) for n in keys]
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=inputs.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=case.heads // case.heads_kv >= 4
+    )
+    wrapper.plan(
+        torch.tensor([0, *used]).cumsum(0).int(),
+        torch.cat([table[b, :n] for b, n in enumerate(used)]),
+        torch.tensor([(n - 1) % block_size + 1 for n in keys], dtype=torch.int32),
+        case.heads, case.heads_kv, case.head_dim, block_size,
+        q_data_type=inputs.q[0].dtype, kv_data_type=k[0].dtype,
+    )  # fmt: skip
+    return _prepared(inputs, [partial(wrapper.run, q.flatten(0, 1), tuple(kv)) for q, *kv in zip(inputs.q, k, v)])
+
+
 def packed_words(mask: Tensor) -> Tensor:
     """[B, T, 2 * ceil(T / 32)] uint16: rows of bits in whole 32-bit words, as XQA takes a tree's mask [B, T, T]."""
     size = mask.shape[-1]
@@ -436,24 +459,26 @@ def packed_words(mask: Tensor) -> Tensor:
 
 
 def xqa(inputs: Inputs) -> Prepared:
-    """FlashInfer's XQA in its speculative-decoding mode: paged cache, the tree's mask as bits."""
+    """FlashInfer's XQA: paged cache; with more than one node its speculative-decoding mode, the tree's mask as bits."""
     flashinfer, case = import_peer("flashinfer", inputs.device), inputs.case
-    if case.nodes == 1 or case.window:
-        raise Unsupported("no tree mask with one node or with a window")
+    if case.window:
+        raise Unsupported("no tree mask with a window")
     if case.fp8:
         raise Unsupported("not compared with an fp8 cache")
     block_size = case.block_size or 64
     k, v, table = _blocks(inputs, block_size)
     device = inputs.device
-    mask = packed_words(inputs.tree.mask.expand(case.batch, -1, -1))
+    is_tree = case.nodes > 1
+    mask = packed_words(inputs.tree.mask.expand(case.batch, -1, -1)) if is_tree else None
     keys = (inputs.cache_seqlens + case.nodes).view(torch.uint32).unsqueeze(1)
     scratch = torch.zeros(1 << 30, dtype=torch.uint8, device=device)
     semaphores = torch.zeros(8 << 20, dtype=torch.uint8, device=device).view(torch.uint32)  # left zero by each call
 
     def call(i: int) -> Tensor:
         out = torch.empty_like(inputs.q[i])
+        q, to = (x.unsqueeze(1) if is_tree else x for x in (inputs.q[i], out))
         flashinfer.xqa(
-            inputs.q[i].unsqueeze(1), k[i], v[i], table, keys, out.unsqueeze(1), scratch, semaphores,
+            q, k[i], v[i], table, keys, to, scratch, semaphores,
             case.heads_kv, block_size, q_seq_len=case.nodes, mask=mask,
         )  # fmt: skip
         return out
@@ -531,7 +556,7 @@ def fa4_mask(inputs: Inputs) -> Prepared:
 CONTENDERS: dict[str, Callable[[Inputs], Prepared]] = {
     f.__name__: f
     for f in (
-        ours, ours_batch_invariant, eager, sdpa, sdpa_efficient, sdpa_cudnn, flex, flashinfer_fa2, xqa, fa4_mask,
-        fa4_no_mask, fa2_no_mask,
+        ours, ours_batch_invariant, eager, sdpa, sdpa_efficient, sdpa_cudnn, flex, flashinfer_fa2,
+        flashinfer_decode, xqa, fa4_mask, fa4_no_mask, fa2_no_mask,
     )
 }  # fmt: skip

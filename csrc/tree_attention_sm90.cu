@@ -15,6 +15,9 @@
 // exponents refer to moves only when it falls behind by more than 2^8 (FlashAttention-4), so the
 // accumulator is rescaled a few times in all; the result is the same, as its denominator has the
 // same reference.
+//
+// Where there are more row blocks than multiprocessors, blocks stay and draw the next one from a
+// counter: its tiles are on their way while the results of the one before are written.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -41,7 +44,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 // lose 2%.
 constexpr int kEarlyTiles = 20;
 
-// Blocks of a row block that have their part; 0 between launches.
+// Blocks of a row block that have their part, or row blocks that blocks which stay have drawn; 0
+// between launches.
 __device__ uint32_t split_arrivals[2 * kArrivals];
 
 constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
@@ -53,6 +57,7 @@ struct Config {
     static constexpr int kDim = kDim_;
     static constexpr int kGroups = kGroups_;  // warpgroups that compute
     static constexpr int kRows = 64 * kGroups;
+    static constexpr bool kStay = kGroups == 2;  // more would not fit a small block's registers
     static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
     // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
     static constexpr int kBlocks = kGroups == 1 ? 2 : 1;
@@ -61,16 +66,13 @@ struct Config {
     static constexpr int kProducerRegisters = kGroups == 1 ? 48 : 56;
     static constexpr int kTileBytes = kKeys * kDim * 2;
     static constexpr int kStages = (kGroups == 1 ? 3 : 6) * (kDim == 64 ? 2 : 1);
-    // Rows of results, padded so that a warp's stores meet no bank twice.
-    static constexpr int kResultStride = kDim + 8;
 
     // Shared memory, from a multiple of 1024 on.
-    static constexpr int kV = kStages * kTileBytes;          // after K
-    static constexpr int kStats = 2 * kStages * kTileBytes;  // a reference and a sum a row
-    static constexpr int kBarriers = kStats + kRows * 8;     // full K, full V, free K, free V
-    static constexpr int kSharedBytes = kBarriers + 4 * kStages * 8 + 1024;
+    static constexpr int kV = kStages * kTileBytes;             // after K
+    static constexpr int kBarriers = 2 * kStages * kTileBytes;  // full K, full V, free K, free V
+    static constexpr int kNext = kBarriers + 4 * kStages * 8;   // `Next`
+    static constexpr int kSharedBytes = kNext + 24 + 1024;
     static_assert(kStages >= 3);  // the producer hands over K and V of a tail tile together
-    static_assert(kRows * kResultStride * 4 <= kStats);
     static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024);
 };
 
@@ -83,14 +85,23 @@ struct Work {
     int whole, cached, lo, hi;
 };
 
+// item: of `p.items` row blocks; else there is a block for each split of each
 template <typename C>
-__device__ __forceinline__ Work block_work(const AttentionParams& p) {
+__device__ __forceinline__ Work work_of(const AttentionParams& p, int item) {
     Work w;
     w.num_splits = p.num_splits;
-    w.head_kv = blockIdx.y / p.num_splits;
-    w.split = blockIdx.y - w.head_kv * p.num_splits;
-    w.first_row = blockIdx.x * C::kRows;
-    w.batch = blockIdx.z;
+    if (C::kStay && p.items) {
+        const int head = item / p.row_blocks;
+        w.batch = head / p.heads_kv;
+        w.head_kv = head - w.batch * p.heads_kv;
+        w.split = 0;
+        w.first_row = (item - head * p.row_blocks) * C::kRows;
+    } else {
+        w.batch = blockIdx.z;
+        w.head_kv = blockIdx.y / p.num_splits;
+        w.split = blockIdx.y - w.head_kv * p.num_splits;
+        w.first_row = blockIdx.x * C::kRows;
+    }
     // Clamped, so that no value reaches outside the cache.
     const int nodes = p.num_nodes ? min(max(p.num_nodes[w.batch], 0), p.size) : p.size;
     const int length = p.cache_seqlens[w.batch];
@@ -118,6 +129,35 @@ struct Ring {
             phase ^= 1;
         }
     }
+    __device__ __forceinline__ void advance(int count) {
+        stage += count;
+        phase ^= stage / kStages & 1;
+        stage %= kStages;
+    }
+};
+
+// The number of the row block that a block which stays goes on with: one thread draws it and leaves
+// it in shared memory, behind a barrier that says that it is there and one that all have read it.
+struct Next {
+    const AttentionParams& p;
+    uint32_t full;
+    uint32_t phase = 0;
+
+    __device__ __forceinline__ uint32_t free() const { return full + 8; }
+    __device__ __forceinline__ uint32_t number() const { return full + 16; }
+
+    // By one thread; each launch draws `items` times in all.
+    __device__ __forceinline__ void draw() const {
+        const uint32_t drawn = atomicInc(split_arrivals + p.first_arrival, p.items - 1);
+        barrier_wait(free(), phase ^ 1);
+        store_shared(number(), gridDim.x + drawn);
+        barrier_arrive(full);
+    }
+    __device__ __forceinline__ int take() {
+        barrier_wait(full, phase);
+        phase ^= 1;
+        return static_cast<int>(load_shared(number()));
+    }
 };
 
 // ---- producer ----
@@ -129,11 +169,12 @@ struct Producer {
     static constexpr int kPass = kGroupThreads / kUnits;  // rows copied at once
 
     const AttentionParams& p;
-    const Work& w;
-    const int32_t* table;  // of this request
+    Work w;
     uint32_t shared, barriers;
     int thread;
-    Ring<C::kStages> ring;
+    Next next;
+    const int32_t* table = nullptr;  // of this request
+    Ring<C::kStages> ring = {};
 
     __device__ __forceinline__ uint32_t full(int v) const {
         return barriers + (v * C::kStages + ring.stage) * 8;
@@ -223,13 +264,12 @@ struct Producer {
         }
     }
 
-    __device__ __forceinline__ void run(const CUtensorMap& k_map, const CUtensorMap& v_map) {
+    __device__ __forceinline__ void row_block(const CUtensorMap& k_map, const CUtensorMap& v_map) {
+        if (p.block_table) table = p.block_table + w.batch * p.table_stride;
         if (thread < 32) {
             cached_tiles(k_map, v_map);
         } else {
-            const int done = max(min(w.cached, w.hi) - w.lo, 0);
-            ring.stage = done % C::kStages;
-            ring.phase = done / C::kStages & 1;
+            ring.advance(max(min(w.cached, w.hi) - w.lo, 0));
         }
         sync_threads<1, kGroupThreads>();  // a parity says nothing of a phase further ahead
 #pragma unroll 1
@@ -253,7 +293,36 @@ struct Producer {
             ring.advance();
         }
     }
+
+    __device__ __forceinline__ void run(const CUtensorMap& k_map, const CUtensorMap& v_map) {
+        row_block(k_map, v_map);
+        if (!C::kStay || !p.items) return;
+#pragma unroll 1
+        for (;;) {
+            if (thread == 0) next.draw();
+            __syncwarp();  // who waits at a barrier first would hold up the thread that draws
+            const int item = next.take();
+            if (item >= p.items) break;
+            w = work_of<C>(p, item);
+            row_block(k_map, v_map);
+        }
+    }
 };
+
+// Where the results of a row of a row block go.
+struct RowPlace {
+    int node;
+    bool exists;
+    int64_t out, lse;
+};
+
+__device__ __forceinline__ RowPlace row_place(const AttentionParams& p, const Work& w, int row) {
+    const int of_head = w.first_row + row, node = of_head / p.group;
+    const int head = w.head_kv * p.group + of_head - node * p.group;
+    return {node, node < p.size,
+            w.batch * p.out_strides.block + node * p.out_strides.slot + head * p.out_strides.head,
+            (int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node};
+}
 
 // ---- consumer ----
 
@@ -263,12 +332,12 @@ struct Consumer {
     static constexpr int kDim = C::kDim;
 
     const AttentionParams& p;
-    const Work& w;
+    Work w;
     uint32_t shared, barriers;
     uint32_t free_barriers;  // those at which this lane arrives
-    int row;                 // of this thread in the block, and 8 rows below
     int lane;
-    Ring<C::kStages> k_ring, v_ring;
+    Next next;
+    Ring<C::kStages> k_ring = {}, v_ring = {};
 
     uint32_t q[kDim / 16][4];
     float scores[2][kKeys / 2];
@@ -277,14 +346,17 @@ struct Consumer {
     float reference[2], sum[2];  // of both rows; reference in base 2, sum of this thread's columns
     uint64_t word[2];            // the rows' first masks
 
-    __device__ __forceinline__ int node(int i) const {
-        return (w.first_row + row + i * 8) / p.group;
+    // Row i of this thread, 0 or 1, in the block.
+    __device__ __forceinline__ int row(int i) const {
+        return int(threadIdx.x) / 32 * 16 + lane / 4 + i * 8;
     }
+
+    __device__ __forceinline__ int node(int i) const { return (w.first_row + row(i)) / p.group; }
 
     __device__ __forceinline__ void load_q() {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int r = w.first_row + row + i * 8;
+            const int r = w.first_row + row(i);
             const int node = r / p.group, head = w.head_kv * p.group + r - node * p.group;
             const bool ok = node < w.nodes;
             const T* from = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
@@ -452,8 +524,10 @@ struct Consumer {
         pin(out);
         pin(scores[1 - kNow]);
         if constexpr (!kFirst) arrive_free(1, v_now);
-        if (more) arrive_free(0, k_ring);
-        k_ring.advance();
+        if (more) {
+            arrive_free(0, k_ring);
+            k_ring.advance();
+        }
         if (!kFirst && moves) rescale(shrink);
         pack_probs(scores[kNow]);
     }
@@ -470,7 +544,8 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void run() {
+    // All tiles of this split, whose Q is there: leaves `out`, not yet divided by the sums.
+    __device__ __forceinline__ void attend() {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) out[i] = 0.0f;
 #pragma unroll
@@ -479,7 +554,6 @@ struct Consumer {
             sum[i] = 0.0f;
         }
         if (w.lo < w.hi) {
-            load_q();
             begin_scores<0>(true);
             wgmma_wait<0>();
             pin(scores[0]);
@@ -504,19 +578,80 @@ struct Consumer {
             begin_out();
             wgmma_wait<0>();
             pin(out);
+            arrive_free(1, v_ring);
+            v_ring.advance();
         }
     }
 
-    // Leaves this block's results, where the ring was in shared memory or in global memory.
-    template <int kStride>
+    // Of row i, over the quad of threads that share it.
+    __device__ __forceinline__ float row_sum(int i) const {
+        float total = sum[i];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        return total;
+    }
+
+    // Writes the two rows of an unsplit row block.
+    __device__ __forceinline__ void write(const Work& of) const {
+        const int quad = lane % 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const RowPlace at = row_place(p, of, row(i));
+            const float total = row_sum(i);
+            const bool real = at.node < of.nodes && total != 0.0f;  // NaN stays NaN
+            const float norm = real ? 1.0f / total : 0.0f;
+            if (p.lse && at.exists && quad == 0) {
+                p.lse[at.lse] = real ? (reference[i] + log2f(total)) * kLn2 : -INFINITY;
+            }
+            T* to = static_cast<T*>(p.out) + at.out + quad * 8;
+#pragma unroll
+            for (int j = 0; j < kDim / 32; ++j) {
+                uint32_t x[4];  // of 8 dims each
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float* from = out + (j * 4 + k) * 4 + i * 2;
+                    x[k] = real ? pack<T>(from[0] * norm, from[1] * norm) : 0;
+                }
+                transpose_quad(x, lane);
+                if (at.exists) {
+                    *reinterpret_cast<uint4*>(to + j * 32) = {x[0], x[1], x[2], x[3]};
+                }
+            }
+        }
+    }
+
+    // A split, whose results are left in `out`, or unsplit row blocks, this one and those that the
+    // block goes on with.
+    __device__ __forceinline__ void run() {
+        load_q();
+#pragma unroll 1
+        for (;;) {
+            attend();
+            if (p.num_splits > 1) break;
+            const Work of = w;
+            bool more = false;
+            if (C::kStay && p.items) {
+                const int item = next.take();
+                __syncwarp();
+                if (lane == 0) barrier_arrive(next.free());
+                more = item < p.items;
+                if (more) {
+                    w = work_of<C>(p, item);
+                    load_q();  // comes while the results are written
+                }
+            }
+            write(of);
+            if (!more) break;
+        }
+    }
+
+    // Leaves this split's results in memory.
     __device__ __forceinline__ void publish(float* partial, float2* stats) const {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float total = sum[i];
-            total += __shfl_xor_sync(~0u, total, 1);
-            total += __shfl_xor_sync(~0u, total, 2);
-            if (lane % 4 == 0) stats[row + i * 8] = {reference[i], total};
-            float* to = partial + (row + i * 8) * kStride + lane % 4 * 2;
+            const float total = row_sum(i);
+            if (lane % 4 == 0) stats[row(i)] = {reference[i], total};
+            float* to = partial + row(i) * kDim + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kDim / 8; ++j) {
                 *reinterpret_cast<float2*>(to + j * 8) = {out[j * 4 + i * 2],
@@ -526,39 +661,16 @@ struct Consumer {
     }
 };
 
-// What the splits of a row block left, of each row a reference and a sum, and D numbers: one split
-// in shared memory, or several in global memory, from where nothing may come out of the L1.
-template <typename C>
-struct PartInBlock {
-    const float* result;
-    const float2* stats;
-
-    __device__ __forceinline__ float2 stat(int, int row) const { return stats[row]; }
-    __device__ __forceinline__ float4 dims(int, int row, int dim) const {
-        return *reinterpret_cast<const float4*>(result + row * C::kResultStride + dim);
-    }
-};
-
-template <typename C>
-struct PartsInMemory {
-    const float* partial;
-    const float2* stats;
-
-    __device__ __forceinline__ float2 stat(int split, int row) const {
-        return __ldcg(stats + split * C::kRows + row);
-    }
-    __device__ __forceinline__ float4 dims(int split, int row, int dim) const {
-        return __ldcg(
-            reinterpret_cast<const float4*>(partial + (split * C::kRows + row) * C::kDim + dim));
-    }
-};
-
 // Merges this block's share of the rows, in the order of the splits, and writes them. A warp takes
 // four rows at a time: of the weights lane l computes that of row l / 8 and split l % 8, as every
 // instruction counts where a block has little else to do.
-template <typename C, typename Parts>
+//
+// partial, stats: what the splits left, [splits, rows, D], and of each row a reference and a sum;
+// nothing of it may come out of the L1
+template <typename C>
 __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Work& w,
-                                           const Parts& parts, int warp, int lane) {
+                                           const float* partial, const float2* stats, int warp,
+                                           int lane) {
     using T = typename C::T;
     constexpr int kLanes = C::kDim / 4;     // of a row
     constexpr int kRows = 4 * kLanes / 32;  // of a lane
@@ -576,14 +688,17 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Work&
                 if (split + i >= w.num_splits) break;
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) {
-                    x[r][i] = parts.dims(split + i, min(four + slot(r), last - 1), dim);
+                    const int row = min(four + slot(r), last - 1);
+                    x[r][i] = __ldcg(reinterpret_cast<const float4*>(
+                        partial + ((split + i) * C::kRows + row) * C::kDim + dim));
                 }
             }
         };
         const int row = min(four + lane / kSplits, last - 1);
         const auto stat = [&](int split) {
             const int mine = split + lane % kSplits;
-            return mine < w.num_splits ? parts.stat(mine, row) : float2{-INFINITY, 0.0f};
+            return mine < w.num_splits ? __ldcg(stats + mine * C::kRows + row)
+                                       : float2{-INFINITY, 0.0f};
         };
         load(0);
         float2 now = stat(0);
@@ -626,22 +741,18 @@ __device__ __forceinline__ void merge_rows(const AttentionParams& p, const Work&
             now = stat(split);
         }
 
-        const int of_head = w.first_row + row, node = of_head / p.group;
-        const int head = w.head_kv * p.group + of_head - node * p.group;
-        const bool real = node < w.nodes && sum != 0.0f;  // NaN stays NaN
+        const RowPlace place = row_place(p, w, row);
+        const bool real = place.node < w.nodes && sum != 0.0f;  // NaN stays NaN
         const float norm = real ? 1.0f / sum : 0.0f;
-        const int64_t place =
-            w.batch * p.out_strides.block + node * p.out_strides.slot + head * p.out_strides.head;
-        const bool exists = four + lane / kSplits < last && node < p.size;
+        const bool exists = four + lane / kSplits < last && place.exists;
         if (p.lse && exists && lane % kSplits == 0) {
-            p.lse[(int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node] =
-                real ? (reference + log2f(sum)) * kLn2 : -INFINITY;
+            p.lse[place.lse] = real ? (reference + log2f(sum)) * kLn2 : -INFINITY;
         }
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             const int from = slot(r) * kSplits;
             const float factor = __shfl_sync(~0u, norm, from);
-            const int64_t at = __shfl_sync(~0u, place, from);
+            const int64_t at = __shfl_sync(~0u, place.out, from);
             uint2 packed = {0, 0};
             if (factor != 0.0f) {
                 packed = {pack<T>(total[r].x * factor, total[r].y * factor),
@@ -674,12 +785,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                              C::kGroups * 4 * (p.pair ? 2 : 1));  // warps
             }
         }
+        barrier_init(shared + C::kNext, 1);
+        barrier_init(shared + C::kNext + 8, C::kGroups * 4);
         fence_barrier_init();
         prefetch_map(k_map);
         prefetch_map(v_map);
     }
+    const uint32_t next = shared + C::kNext;
     wait_for_kernels_before();
-    const Work w = block_work<C>(p);
+    const Work w = work_of<C>(p, blockIdx.x);
     if (p.pair) {  // neither begins before the other's barriers are there
         cluster_arrive();
         cluster_wait();
@@ -690,8 +804,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     const int group = threadIdx.x / kGroupThreads;
     if (group == C::kGroups) {
         shrink_registers<C::kProducerRegisters>();
-        const int32_t* table = p.block_table ? p.block_table + w.batch * p.table_stride : nullptr;
-        Producer<C> producer{p, w, table, shared, barriers, int(threadIdx.x) % kGroupThreads, {}};
+        Producer<C> producer{p, w, shared, barriers, int(threadIdx.x) % kGroupThreads, {p, next}};
         producer.run(k_map, v_map);
         __syncwarp();
         if (p.pair) cluster_arrive();
@@ -704,40 +817,32 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                              shared,
                              barriers,
                              address_in_block(free_barriers, p.pair ? (blockIdx.x ^ lane) & 1 : 0),
-                             int(threadIdx.x) / 32 * 16 + lane / 4,
-                             lane};
+                             lane,
+                             {p, next}};
         consumer.run();
         __syncwarp();
         if (p.pair) cluster_arrive();
 
-        constexpr int kConsumers = C::kGroups * kGroupThreads;
-        const int thread = threadIdx.x;
-        sync_threads<2, kConsumers>();  // the ring is not read any more
-        if (w.num_splits == 1) {
-            float* result = reinterpret_cast<float*>(dynamic_shared +
-                                                     (shared - shared_address(dynamic_shared)));
-            float2* stats = reinterpret_cast<float2*>(result + C::kStats / 4);
-            consumer.template publish<C::kResultStride>(result, stats);
-            sync_threads<2, kConsumers>();
-            merge_rows<C>(p, w, PartInBlock<C>{result, stats}, thread / 32, lane);
-        } else {
+        if (p.num_splits > 1) {
+            const Work& done = consumer.w;
+            constexpr int kConsumers = C::kGroups * kGroupThreads;
             const int64_t row_block =
-                (int64_t(w.batch) * p.heads_kv + w.head_kv) * gridDim.x + blockIdx.x;
-            const int64_t rows = row_block * w.num_splits * C::kRows;  // before this row block's
+                (int64_t(done.batch) * p.heads_kv + done.head_kv) * gridDim.x + blockIdx.x;
+            const int64_t rows = row_block * done.num_splits * C::kRows;  // before this row block's
             float* partial = p.partial + rows * C::kDim;
             float2* stats = p.stats + rows;
-            consumer.template publish<C::kDim>(partial + w.split * C::kRows * C::kDim,
-                                               stats + w.split * C::kRows);
+            consumer.publish(partial + done.split * C::kRows * C::kDim,
+                             stats + done.split * C::kRows);
             sync_threads<2, kConsumers>();
-            if (thread == 0) {
+            if (threadIdx.x == 0) {
                 uint32_t* counter = split_arrivals + p.first_arrival + row_block;
-                if (!arrive(counter, w.num_splits)) {
+                if (!arrive(counter, done.num_splits)) {
                     while (load_acquire(counter) != 0) {  // the last to arrive leaves a 0
                     }
                 }
             }
             sync_threads<2, kConsumers>();
-            merge_rows<C>(p, w, PartsInMemory<C>{partial, stats}, thread / 32, lane);
+            merge_rows<C>(p, done, partial, stats, threadIdx.x / 32, lane);
         }
     }
     if (p.pair) cluster_wait();  // the other one arrives at this block's barriers until then
@@ -760,11 +865,17 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
         if (device < 64) known |= uint64_t(1) << device;
     }
     const int64_t blocks = plan.row_blocks * plan.heads_kv * plan.batch;
+    const bool stay = C::kStay && plan.num_splits == 1 && !plan.pair && blocks > plan.resident;
     cudaLaunchAttribute attributes[3] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(plan.row_blocks),
                           static_cast<unsigned>(plan.heads_kv * plan.num_splits),
                           static_cast<unsigned>(plan.batch));
+    if (stay) {
+        config.gridDim = dim3(static_cast<unsigned>(plan.resident));
+        p.items = static_cast<int32_t>(blocks);
+        p.first_arrival = arrival_turns.claim(1, stream);
+    }
     config.blockDim = dim3(C::kThreads);
     config.dynamicSmemBytes = C::kSharedBytes;
     config.stream = stream;

@@ -30,7 +30,8 @@ struct AttentionPlan {
     int64_t groups;                              // of 64 rows in a row block
     int64_t row_blocks;                          // of a KV head
     int64_t num_splits;
-    int64_t pair;  // of row blocks, in a cluster
+    int64_t pair;      // of row blocks, in a cluster
+    int64_t resident;  // blocks that the device holds at once
     RowStrides q, k_cache, v_cache, k, v, out;
     int64_t mask_stride, table_stride;  // of a request
     double scale;                       // of scores, for exponents of 2
@@ -78,7 +79,9 @@ struct AttentionParams {
     int32_t num_blocks, page_shift;
     int32_t box_shift;  // log2 of the slots that the TMA copies at once
     int32_t num_splits;
-    int32_t first_arrival;  // of this launch's row blocks in `split_arrivals`
+    int32_t first_arrival;  // of this launch's counters in `split_arrivals`
+    int32_t row_blocks;     // of a KV head
+    int32_t items;          // row blocks of all, drawn by blocks that stay; 0: a block for each
     bool pair;              // blocks 2 i and 2 i + 1 copy for each other
     float scale;            // of scores, for exponents of 2
 };
@@ -113,6 +116,7 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.num_blocks = static_cast<int32_t>(plan.num_blocks);
     p.capacity = static_cast<int32_t>(plan.block_size);
     p.num_splits = static_cast<int32_t>(plan.num_splits);
+    p.row_blocks = static_cast<int32_t>(plan.row_blocks);
     p.pair = plan.pair != 0;
     p.box_shift = p.pair ? 5 : 6;  // half a tile each
     if (plan.max_blocks) {

@@ -28,6 +28,22 @@ __device__ __forceinline__ void shrink_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Of four words in each of four lanes, to lane i word i of each.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4], int lane) {
+#pragma unroll
+    for (int step = 1; step <= 2; ++step) {
+        const bool high = lane & step;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            uint32_t& a = x[step == 1 ? 2 * i : i];
+            uint32_t& b = x[step == 1 ? 2 * i + 1 : i + 2];
+            const uint32_t got = __shfl_xor_sync(~0u, high ? a : b, step);
+            a = high ? got : a;
+            b = high ? b : got;
+        }
+    }
+}
+
 // A barrier among `kThreads` threads of the block; id 0 is __syncthreads'.
 template <int kId, int kThreads>
 __device__ __forceinline__ void sync_threads() {
@@ -38,6 +54,16 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
     uint32_t x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
     return x;
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 
 // ---- mbarriers ----

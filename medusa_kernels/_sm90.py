@@ -21,7 +21,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "bytes", "half", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size", "max_blocks",
-            "words", "groups", "row_blocks", "num_splits", "pair",
+            "words", "groups", "row_blocks", "num_splits", "pair", "resident",
         )),
         *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
         ("mask_stride", ctypes.c_int64), ("table_stride", ctypes.c_int64), ("scale", ctypes.c_double),
@@ -92,7 +92,7 @@ def prepare(
     if paged and (block_size < 16 or block_size & (block_size - 1)):
         return None
     caches = (x for x in (k_cache, v_cache, k, v) if x is not None)
-    if not (all(_aligned(x, 16) for x in caches) and _aligned(q, 4) and _aligned(out, 8)):
+    if not (all(_aligned(x, 16) for x in caches) and _aligned(q, 4) and _aligned(out, 16)):
         return None
     max_blocks = block_table.shape[1] if paged else 0
     capacity = block_size * (max_blocks or 1)
@@ -113,7 +113,7 @@ def prepare(
         raise ValueError(f"pair: expected False for {row_blocks} row blocks, got True")
     plan = _Plan(
         ctypes.sizeof(_Plan), q.dtype == torch.float16, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
-        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, pair,
+        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, pair, resident,
         *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
         packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
         block_table.stride(0) if paged and batch > 1 else 0, softmax_scale * math.log2(math.e),

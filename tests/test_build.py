@@ -56,8 +56,10 @@ def test_no_kernel_spills():
     pattern = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
     kernels = re.findall(pattern, log, re.DOTALL)
     assert len(kernels) >= len(OPERATORS) * len(_ops.build_info()["cuda_archs"])
-    # accept_kernel's many paths share 64 registers a thread: up to five scalars go to the stack.
-    allowed = {name: 20 if "accept_kernel" in name else 0 for name, *_ in kernels}
+    # accept_kernel's many paths share 64 registers a thread: up to five scalars go to the stack. Hopper's attention
+    # leaves one there, outside its main loop.
+    limits = {"accept_kernel": 20, "tree_attention_kernel": 4}
+    allowed = {name: next((n for part, n in limits.items() if part in name), 0) for name, *_ in kernels}
     spills = [f"{name} for {arch}: {stores} B" for name, arch, _, stores in kernels if int(stores) > allowed[name]]
     assert not spills, "\n".join(spills)
 

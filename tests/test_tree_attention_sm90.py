@@ -75,6 +75,10 @@ def test_gpu_blocks_and_splits(hopper, options, num_splits, groups, pair):
         *({"size": t, "num_nodes": [t, max(t - 1, 1)], "append": t % 2 == 1} for t in (1, 5, 63, 65, 128, 130)),
         {"size": 512, "num_nodes": [512, 511], "group": 1, "lengths": [777, 3]},
         {"heads_kv": 40, "lengths": [1000, 130, 64, 0, 700], "num_nodes": [64, 60, 0, 64, 1], "append": True},
+        *(  # more row blocks than multiprocessors, of unequal lengths: blocks that stay
+            {"heads_kv": 40, "lengths": [1000, 130, 64, 0, 700], "num_nodes": [64, 60, 0, 64, 1], **more}
+            for more in ({"block_size": 64}, {"head_dim": 64, "block_size": 16, "append": True}, {"strided": True})
+        ),
         {"lengths": [5000, 37], "heads_kv": 8},
     ],
     ids=str,
@@ -97,11 +101,12 @@ def test_gpu_growing_scores(hopper, num_splits, groups):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_splits, heads_kv", [(1, 8), (3, 8), (1, 80)])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("pair", [False, True])
-def test_gpu_same_bits_every_time(hopper, num_splits, groups, pair):
-    q, *rest, kw = Case(**{**BASE, "lengths": [3000, 100], "heads_kv": 8}, device="cuda").build()
+def test_gpu_same_bits_every_time(hopper, num_splits, heads_kv, groups, pair):
+    """heads_kv 80: two groups' blocks stay, and draw row blocks in another order every time."""
+    q, *rest, kw = Case(**{**BASE, "lengths": [3000, 100], "heads_kv": heads_kv}, device="cuda").build()
     run = kernel(groups, num_splits, pair)
     first = run(q, *rest, **kw)
     for _ in range(20):
@@ -193,7 +198,7 @@ def test_plan_of_a_call(monkeypatch):
     q, k_cache, _, tree, _, kw = case.build()
     assert (plan.batch, plan.size, plan.heads_kv, plan.group, plan.dim) == (2, 64, 3, 4, 128)
     assert (plan.num_blocks, plan.block_size, plan.max_blocks) == (2, k_cache.shape[1], 0)
-    assert (plan.half, plan.words, plan.groups, plan.row_blocks, plan.pair) == (0, 1, 2, 2, 0)
+    assert (plan.half, plan.words, plan.groups, plan.row_blocks, plan.pair, plan.resident) == (0, 1, 2, 2, 0, 132)
     assert list(plan.q) == list(q.stride()[:3]) and list(plan.k_cache) == list(k_cache.stride()[:3])
     assert list(plan.k) == list(kw["k"].stride()[:3]) and plan.mask_stride == tree.packed_mask.stride(0)
     paged = prepare(Case(**{**BASE, "block_size": 16, "dtype": torch.float16, "per_request": False})).plan
