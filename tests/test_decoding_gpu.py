@@ -1,5 +1,7 @@
 """What shortens a decoder's step on a GPU: top-k in two rounds, and Liger's fused layers."""
 
+import types
+
 import pytest
 import torch
 from test_heads import make_model, random_heads
@@ -41,6 +43,19 @@ def test_fused_layers_are_for_a_gpu():
         fuse_elementwise(make_model())
 
 
+def test_what_liger_replaces_for_all_models_is_taken_back():
+    """Its classes, and on a CPU its functions."""
+    modeling = types.ModuleType("modeling")
+    modeling.Norm, modeling.rotary, modeling.other = int, lambda x, y: x + y, 3
+    before = dict(vars(modeling))
+    modeling.Norm, modeling.rotary = float, lambda x, y: x - y
+    gpu._confine(modeling, before)
+    one = torch.ones(())
+    assert modeling.Norm is int and modeling.other == 3 and modeling.rotary(one, y=1) == 2
+    on_gpu = types.SimpleNamespace(is_cuda=True)
+    assert gpu._by_device(lambda x: "cpu", lambda x: "gpu")(on_gpu) == "gpu"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(4, 1, 49152), (4, 8, 32000), (1, 20, 151936)])
 def test_topk_on_gpu(shape):
@@ -58,6 +73,7 @@ def test_fused_layers_on_gpu():
     fuse_elementwise(model)
     fused = model(ids).logits
     assert 0 < (fused - want).abs().max() <= 2 * (eager - want).abs().max()
+    assert make_model()(ids.cpu()).logits.isfinite().all()  # a model on the CPU is as it was
     model = make_model().to("cuda")
     fuse_elementwise(model)
     heads = random_heads(model)

@@ -1,7 +1,11 @@
 """What makes a model's step shorter on a GPU, where at small batches its many small operators take most of the time."""
 
 import math
-from functools import lru_cache
+import sys
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ def fuse_elementwise(model: PreTrainedModel) -> None:
     """Replace a model's RMSNorms, rotary embedding and gated MLPs by Liger's fused kernels, in place, for inference.
 
     They are 26 of the some 40 launches of a Llama layer, and 7 then. The rotary embedding is replaced for all models of
-    this architecture in the process, so that none of them runs on a CPU any more.
+    this architecture that run on a GPU in this process, as a model has none of its own.
 
     Raises ImportError without `liger-kernel` (extra `fused`), ValueError for a model that is not on a GPU or whose
     architecture Liger does not know.
@@ -28,7 +32,27 @@ def fuse_elementwise(model: PreTrainedModel) -> None:
         ) from None
     if (architecture := model.config.model_type) not in known:
         raise ValueError(f"model: Liger knows {', '.join(sorted(known))}, got {architecture}")
+    modeling = sys.modules[type(model).__module__]
+    before = dict(vars(modeling))
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    _confine(modeling, before)
+
+
+def _confine(modeling: ModuleType, before: dict[str, Any]) -> None:
+    """Take back what Liger has put in the architecture's module for models to come: its classes all, its functions on a
+    CPU, where they do not run."""
+    for name, old in before.items():
+        new = getattr(modeling, name)
+        if new is not old:
+            setattr(modeling, name, old if isinstance(old, type) else _by_device(old, new))
+
+
+def _by_device(on_cpu: Callable, on_gpu: Callable) -> Callable:
+    @wraps(on_cpu)
+    def call(x: Tensor, *args, **kwargs):
+        return (on_gpu if x.is_cuda else on_cpu)(x, *args, **kwargs)
+
+    return call
 
 
 def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
