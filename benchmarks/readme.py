@@ -1,4 +1,5 @@
-"""Write the measured tables of README.md from benchmarks/results: no figure there is typed by hand.
+"""Write the measured tables of README.md and benchmarks/README.md from benchmarks/results: no figure there is typed by
+hand.
 
     python benchmarks/readme.py
 
@@ -15,21 +16,26 @@ CARD = "nvidia-h200"  # of the operators and the step
 MEDUSA_CARD = "nvidia-h200"
 
 
-def operator_table(op: str) -> str:
-    """A row a case: our time, the part of the floor that it is, and the best peer of the same run."""
+def operator_table(op: str, changed: bool = False) -> str:
+    """A row a case: our time, the part of the floor that it is, and the best peer of the same run.
+
+    changed: the cases that are another one with changes, in place of those that are none
+    """
     data = json.loads((RESULTS / f"{CARD}_{op}.json").read_text())
     cases: dict[str, list[dict]] = {}
     for row in data["results"]:
-        if row["us"] is not None:
+        if row["us"] is not None and ("/" in row["case"]) == changed:
             cases.setdefault(row["case"], []).append(row)
     invariant = any(row["contender"] == "ours_batch_invariant" for rows in cases.values() for row in rows)
     head = "| case | floor µs | µs | of floor | best peer µs | faster by |" + " batch-invariant µs |" * invariant
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for case, rows in cases.items():
         ours = next(row for row in rows if row["contender"] == "ours")
-        peers = [row for row in rows if row["same_work"] and not row["contender"].startswith("ours")]
-        best = min(peers, key=lambda row: row["us"], default=None)
+        peers = [row for row in rows if not row["contender"].startswith("ours")]
+        best = min((row for row in peers if row["same_work"]), key=lambda row: row["us"], default=None)
         peer = f"{best['us']:.1f} {best['contender']} | {best['us'] / ours['us']:.2f}x" if best else "- | -"
+        if not best and (less := min(peers, key=lambda row: row["us"], default=None)):  # that does less work
+            peer = f"({less['us']:.1f} {less['contender']}) | ({less['us'] / ours['us']:.2f}x)"
         share = ours["floor_us"] / ours["us"]
         line = f"| {case} | {ours['floor_us']:.1f} | {ours['us']:.1f} | {share:.0%} | {peer} |"
         if invariant:
@@ -169,11 +175,14 @@ def step_table() -> str:
     return "\n".join([f"**step**: {about}.", "", *lines])
 
 
-TABLES = {"decoding": decoding_table, "medusa": medusa_table, "step": step_table}
+TABLES = {
+    "decoding": decoding_table, "medusa": medusa_table, "step": step_table,
+    "attention_off_table": lambda: operator_table("attention", changed=True),
+}  # fmt: skip
 
 
 def render(text: str) -> str:
-    """README's text with every table made anew."""
+    """A text with every table made anew."""
 
     def table(match: re.Match) -> str:
         name = match[1]
@@ -184,5 +193,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for readme in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        readme.write_text(render(readme.read_text()))

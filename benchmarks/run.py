@@ -102,8 +102,8 @@ def not_run(results: list[Result]) -> dict[tuple[str, str], str]:
     return {key: "any case" if len(names) == every else ", ".join(names) for key, names in cases.items()}
 
 
-def write_json(path: Path, op: str, results: list[Result], limits: Limits) -> None:
-    """Merged by (case, contender) into what the file holds of the same card and versions."""
+def write_json(path: Path, op: str, results: list[Result], limits: Limits) -> list[dict]:
+    """Merged by (case, contender) into what the file holds of the same card and versions. Returns all."""
     rows = {(r.case, r.contender): r.as_json() for r in results}
     card = {"device": limits.device, "torch": limits.torch, "triton": limits.triton}
     if path.exists():
@@ -112,29 +112,31 @@ def write_json(path: Path, op: str, results: list[Result], limits: Limits) -> No
             rows = {(r["case"], r["contender"]): r for r in old["results"]} | rows
     date = datetime.date.today().isoformat()
     limit = {k: v for k, v in vars(limits).items() if k not in card}
-    content = {"op": op, "date": date, "card": card, "limits": limit, "results": list(rows.values())}
+    merged = list(rows.values())
+    content = {"op": op, "date": date, "card": card, "limits": limit, "results": merged}
     path.write_text(json.dumps(content, indent=1) + "\n")
+    return merged
 
 
-def plot(path: Path, op: str, results: list[Result], limits: Limits, smoke: bool) -> None:
+def plot(path: Path, op: str, rows: list[dict], limits: Limits, smoke: bool) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    timed = [r for r in results if r.us]
+    timed = [r for r in rows if r["us"]]
     if not timed:
         return
-    cases = list(dict.fromkeys(r.case for r in timed))
-    contenders = list(dict.fromkeys(r.contender for r in timed))
-    figure, axes = plt.subplots(figsize=(max(7, 1.0 * len(cases) + 3), 5.5))
+    cases = list(dict.fromkeys(r["case"] for r in timed))
+    contenders = list(dict.fromkeys(r["contender"] for r in timed))
+    figure, axes = plt.subplots(figsize=(max(7, 0.45 * len(cases) + 6), 5.5))
     for contender in contenders:
-        points = [(cases.index(r.case), r.us) for r in timed if r.contender == contender]
+        points = [(cases.index(r["case"]), r["us"]) for r in timed if r["contender"] == contender]
         is_ours = contender == "ours"
         axes.plot(
             *zip(*points), "o" if is_ours else "x", label=contender, ms=8 if is_ours else 6, zorder=3 if is_ours else 2
         )
-    floors = {r.case: r.floor_us for r in timed if r.floor_us}
+    floors = {r["case"]: r["floor_us"] for r in timed if r["floor_us"]}
     if floors:
         axes.hlines(
             list(floors.values()), *([cases.index(c) + d for c in floors] for d in (-0.35, 0.35)), "k", label="floor"
@@ -169,8 +171,7 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         stem = args.out / f"{limits.slug}_{op}"
-        write_json(stem.with_suffix(".json"), op, results, limits)
-        plot(stem.with_suffix(".png"), op, results, limits, smoke)
+        plot(stem.with_suffix(".png"), op, write_json(stem.with_suffix(".json"), op, results, limits), limits, smoke)
         console.print(f"{stem}.json, .png")
     return results
 
