@@ -78,3 +78,27 @@ def test_medusa_table(tmp_path, monkeypatch):
     table = script.medusa_table()
     assert "`generate`: 42 tokens/s. Trained on 1.5 M answer tokens, distilled in 90 s." in table
     assert "typical 2.12, sampling 2.12" in table
+
+
+def test_operator_table(tmp_path, monkeypatch):
+    """Ours beside the best peer that does the same work, or in parentheses one that does less; changed cases apart."""
+    script = load_readme_script()
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+
+    def row(case, contender, us, same_work=True):
+        return {"case": case, "contender": contender, "us": us, "same_work": same_work, "floor_us": 1.0}
+
+    data = {
+        "card": {"device": "Card", "torch": "2.11", "triton": "3.6"}, "date": "2026-01-01",
+        "limits": {"read_tb_s": 3.0, "matmul_tflop_s": 700.0, "launch_us": 1.0},
+        "results": [
+            row("a", "ours", 2.0), row("a", "slow", 9.0), row("a", "fast", 5.0), row("a", "less", 1.0, False),
+            row("b", "ours", 4.0), row("b", "less", 6.0, False), row("b", "absent", None),
+            row("a/T1", "ours", 5.0), row("a/T1", "fast", 4.0),
+        ],
+    }  # fmt: skip
+    (tmp_path / f"{script.CARD}_op.json").write_text(json.dumps(data))
+    table, changed = script.operator_table("op"), script.operator_table("op", changed=True)
+    assert "| a | 1.0 | 2.0 | 50% | 5.0 fast | 2.50x |\n| b | 1.0 | 4.0 | 25% | (6.0 less) | (1.50x) |" in table
+    assert "a/T1" not in table and "| a |" not in changed
+    assert "| a/T1 | 1.0 | 5.0 | 20% | 4.0 fast | 0.80x |" in changed
