@@ -402,6 +402,21 @@ def _blocks(inputs: Inputs, block_size: int) -> tuple[list[Tensor], list[Tensor]
     return k, v, blocks.view(case.batch, -1)
 
 
+def _used_blocks(case: Case, table: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A table as FlashInfer's plans take it: where a request's blocks begin, blocks in use, slots used of the last."""
+    keys = [length + case.nodes for length in case.lengths]
+    used = [-(-n // block_size) for n in keys]
+    return (
+        torch.tensor([0, *used]).cumsum(0).int(),
+        torch.cat([table[b, :n] for b, n in enumerate(used)]),
+        torch.tensor([(n - 1) % block_size + 1 for n in keys], dtype=torch.int32),
+    )
+
+
+def _workspace(inputs: Inputs) -> Tensor:
+    return torch.empty(512 << 20, dtype=torch.uint8, device=inputs.device)
+
+
 def flashinfer_fa2(inputs: Inputs) -> Prepared:
     """FlashInfer's FA2 prefill kernel over a paged cache, with the whole mask as bits."""
     flashinfer, case = import_peer("flashinfer", inputs.device), inputs.case
@@ -409,18 +424,13 @@ def flashinfer_fa2(inputs: Inputs) -> Prepared:
         raise Unsupported("not compared with an fp8 cache")
     block_size = case.block_size or 64
     k, v, table = _blocks(inputs, block_size)
-    keys = [length + case.nodes for length in case.lengths]
-    used = [-(-n // block_size) for n in keys]
-    first = torch.tensor([0, *used]).cumsum(0).int()
-    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=inputs.device)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(inputs), "NHD", backend="fa2")
     wrapper.plan(
         torch.arange(case.batch + 1, dtype=torch.int32) * case.nodes,
-        first,
-        torch.cat([table[b, :n] for b, n in enumerate(used)]),
-        torch.tensor([(n - 1) % block_size + 1 for n in keys], dtype=torch.int32),
-        case.heads, case.heads_kv, case.head_dim, block_size,
-        custom_mask=torch.cat([inputs.mask[b, :, :n].flatten() for b, n in enumerate(keys)]),
+        *_used_blocks(case, table, block_size), case.heads, case.heads_kv, case.head_dim, block_size,
+        custom_mask=torch.cat(
+            [inputs.mask[b, :, : length + case.nodes].flatten() for b, length in enumerate(case.lengths)]
+        ),
         q_data_type=inputs.q[0].dtype, kv_data_type=k[0].dtype,
     )  # fmt: skip
     return _prepared(inputs, [partial(wrapper.run, q.flatten(0, 1), tuple(kv)) for q, *kv in zip(inputs.q, k, v)])
@@ -433,17 +443,11 @@ def flashinfer_decode(inputs: Inputs) -> Prepared:
         raise Unsupported("one node, no fp8 cache, no window")
     block_size = case.block_size or 64
     k, v, table = _blocks(inputs, block_size)
-    keys = [length + 1 for length in case.lengths]
-    used = [-(-n // block_size) for n in keys]
-    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=inputs.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=case.heads // case.heads_kv >= 4
+        _workspace(inputs), "NHD", use_tensor_cores=case.heads // case.heads_kv >= 4
     )
     wrapper.plan(
-        torch.tensor([0, *used]).cumsum(0).int(),
-        torch.cat([table[b, :n] for b, n in enumerate(used)]),
-        torch.tensor([(n - 1) % block_size + 1 for n in keys], dtype=torch.int32),
-        case.heads, case.heads_kv, case.head_dim, block_size,
+        *_used_blocks(case, table, block_size), case.heads, case.heads_kv, case.head_dim, block_size,
         q_data_type=inputs.q[0].dtype, kv_data_type=k[0].dtype,
     )  # fmt: skip
     return _prepared(inputs, [partial(wrapper.run, q.flatten(0, 1), tuple(kv)) for q, *kv in zip(inputs.q, k, v)])

@@ -3,6 +3,8 @@
 import json
 import sys
 import types
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -195,7 +197,7 @@ def attend_blocks(q, k, v, blocks, keys, mask):
 
 
 class FakeWrapper:
-    def __init__(self, workspace, layout, backend):
+    def __init__(self, workspace, layout, backend="fa2", use_tensor_cores=False):
         assert (layout, backend) == ("NHD", "fa2")
 
     def plan(self, rows, first, blocks, last, heads, heads_kv, dim, block_size, *, custom_mask, **dtypes):
@@ -217,8 +219,19 @@ class FakeWrapper:
         return out
 
 
+class FakeDecodeWrapper(FakeWrapper):
+    def plan(self, first, blocks, last, *rest, **dtypes):
+        keys = (first.diff() - 1) * rest[-1] + last
+        mask = torch.ones(int(keys.sum()), dtype=torch.bool)
+        super().plan(torch.arange(len(last) + 1), first, blocks, last, *rest, custom_mask=mask, **dtypes)
+
+
 def fake_xqa(q, k, v, table, keys, out, scratch, semaphores, heads_kv, block_size, *, q_seq_len, mask):
-    assert keys.dtype == torch.uint32 and mask.dtype == torch.uint16 and k.shape[1] == block_size
+    assert keys.dtype == torch.uint32 and k.shape[1] == block_size
+    if q_seq_len == 1:  # [B, beams, H, D], no mask
+        assert mask is None and q.dim() == 4
+        q, out, mask = q.unsqueeze(1), out.unsqueeze(1), torch.ones(len(q), 1, 2, dtype=torch.uint16)
+    assert mask.dtype == torch.uint16
     for b in range(q.shape[0]):
         total = int(keys[b, 0])
         columns = torch.arange(q_seq_len)
@@ -227,11 +240,19 @@ def fake_xqa(q, k, v, table, keys, out, scratch, semaphores, heads_kv, block_siz
         out[b, 0] = attend_blocks(q[b, 0], k, v, table[b], total, whole)
 
 
-@pytest.mark.parametrize("contender", ["flashinfer_fa2", "xqa"])
-@pytest.mark.parametrize("case", [c for c in bench_attention.TINY if not c.window], ids=lambda c: c.name)
+TREES = [c for c in bench_attention.TINY if not c.window]
+SINGLE = [replace(c, name=f"{c.name}/T1", nodes=1) for c in TREES]
+
+
+@pytest.mark.parametrize(
+    "case, contender",
+    [*product(TREES + SINGLE, ["flashinfer_fa2", "xqa"]), *((case, "flashinfer_decode") for case in SINGLE)],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
 def test_flashinfer_is_called_as_documented(case, contender, monkeypatch):
     fake = types.ModuleType("flashinfer")
     fake.BatchPrefillWithPagedKVCacheWrapper, fake.xqa = FakeWrapper, fake_xqa
+    fake.BatchDecodeWithPagedKVCacheWrapper = FakeDecodeWrapper
     monkeypatch.setattr(bench_attention, "import_peer", lambda module, device: {"flashinfer": fake}[module])
     prepared = bench_attention.CONTENDERS[contender](inputs_of(bench_attention, case))
     for i in (0, len(prepared.calls) - 1):
