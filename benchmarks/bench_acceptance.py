@@ -88,7 +88,7 @@ def make_inputs(case: Case, pool: Pool, l2_bytes: int) -> Inputs:
     device = pool.data.device
     tree = tree_for(case.nodes)
     path = tree.paths[tree.paths.ge(0).sum(1).argmax()].long()
-    generator = torch.Generator().manual_seed(0)
+    generator, noise = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
     shape = (case.batch, case.nodes)
     parents = tree.parents.long().clamp(min=0)
     logits, tokens = [], []
@@ -97,7 +97,7 @@ def make_inputs(case: Case, pool: Pool, l2_bytes: int) -> Inputs:
         draft = (likely[:, parents] + torch.randint(1, case.vocab, shape, generator=generator)) % case.vocab
         right = path[1 : ACCEPTED + 1]
         draft[:, right] = likely[:, parents[right]]
-        logits.append(pool.take(*shape, case.vocab).normal_())  # anew: other cases' likely tokens lie there
+        logits.append(pool.take(*shape, case.vocab).normal_(generator=noise))  # other cases' likely tokens lay there
         logits[-1].scatter_(2, likely.unsqueeze(2).to(device), 14.0)
         tokens.append(draft.to(device))
     return Inputs(case, tree.to(device), logits, tokens)

@@ -141,7 +141,9 @@ def main() -> int:
     if args.json:
         keep = ("id", "category", "want", "got", "gains", "divergence")
         report = {
-            "arguments": {name: str(value) for name, value in vars(args).items()},
+            "arguments": {
+                name: value.name if isinstance(value, Path) else str(value) for name, value in vars(args).items()
+            },
             "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU",
             "torch": torch.__version__,
             "seconds": seconds,

@@ -12,8 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-CARD = "nvidia-h200"  # of the operators and the step
-MEDUSA_CARD = "nvidia-h200"
+CARD = "nvidia-h200"
 
 
 def operator_table(op: str, changed: bool = False) -> str:
@@ -79,7 +78,7 @@ HEADS = {
 
 def medusa_table() -> str:
     """SmolLM2-135M-Instruct with each kind of heads, from `medusa_smollm2.py`; by category, the heads that it ships."""
-    path = RESULTS / f"{MEDUSA_CARD}_medusa_smollm2.json"
+    path = RESULTS / f"{CARD}_medusa_smollm2.json"
     if not path.is_file():
         return "**Medusa heads**: not measured yet."
     data = json.loads(path.read_text())

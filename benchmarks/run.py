@@ -171,7 +171,8 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         stem = args.out / f"{limits.slug}_{op}"
-        plot(stem.with_suffix(".png"), op, write_json(stem.with_suffix(".json"), op, results, limits), limits, smoke)
+        merged = write_json(stem.with_suffix(".json"), op, results, limits)
+        plot(stem.with_suffix(".png"), op, merged, limits, smoke)
         console.print(f"{stem}.json, .png")
     return results
 

@@ -47,11 +47,15 @@ def test_what_liger_replaces_for_all_models_is_taken_back():
     """Its classes, and on a CPU its functions."""
     modeling = types.ModuleType("modeling")
     modeling.Norm, modeling.rotary, modeling.other = int, lambda x, y: x + y, 3
-    before = dict(vars(modeling))
-    modeling.Norm, modeling.rotary = float, lambda x, y: x - y
-    gpu._confine(modeling, before)
-    one = torch.ones(())
-    assert modeling.Norm is int and modeling.other == 3 and modeling.rotary(one, y=1) == 2
+    one, minus = torch.ones(()), lambda x, y: x - y
+    calls = []
+    for _ in range(2):  # a second model's layers are replaced: the function asks for the device once, as before
+        before = dict(vars(modeling))
+        modeling.Norm, modeling.rotary = float, minus
+        gpu._confine(modeling, before)
+        assert modeling.Norm is int and modeling.other == 3 and modeling.rotary(one, y=1) == 2
+        calls.append(modeling.rotary)
+    assert calls[0] is calls[1]
     on_gpu = types.SimpleNamespace(is_cuda=True)
     assert gpu._by_device(lambda x: "cpu", lambda x: "gpu")(on_gpu) == "gpu"
 

@@ -58,7 +58,7 @@ def test_medusa_table(tmp_path, monkeypatch):
             "medusa2": {"perplexity": {"original": 2.0, "trained": 2.01}},
         },
     }  # fmt: skip
-    path = tmp_path / f"{script.MEDUSA_CARD}_medusa_smollm2.json"
+    path = tmp_path / f"{script.CARD}_medusa_smollm2.json"
     path.write_text(json.dumps(data))
     table = script.medusa_table()
     row = "| 2.12 | 2.50 (64 nodes); 3.00 (128 nodes) | 19 of 20 | 0.50 / 0.25 | 1400 | 2.00x | 2500 | 2.25x |"

@@ -44,7 +44,8 @@ def _confine(modeling: ModuleType, before: dict[str, Any]) -> None:
     for name, old in before.items():
         new = getattr(modeling, name)
         if new is not old:
-            setattr(modeling, name, old if isinstance(old, type) else _by_device(old, new))
+            stays = isinstance(old, type) or getattr(old, "on_gpu", None) is new
+            setattr(modeling, name, old if stays else _by_device(old, new))
 
 
 def _by_device(on_cpu: Callable, on_gpu: Callable) -> Callable:
@@ -52,6 +53,7 @@ def _by_device(on_cpu: Callable, on_gpu: Callable) -> Callable:
     def call(x: Tensor, *args, **kwargs):
         return (on_gpu if x.is_cuda else on_cpu)(x, *args, **kwargs)
 
+    call.on_gpu = on_gpu  # type: ignore[attr-defined]
     return call
 
 
