@@ -776,7 +776,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&p)[threadIdx.x * 16]));
     }
     const uint32_t shared = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
-    const uint32_t barriers = shared + C::kBarriers;
+    const uint32_t barriers = shared + C::kBarriers, next = shared + C::kNext;
     if (threadIdx.x == 0) {
         for (int i = 0; i < C::kStages; ++i) {
             for (int v = 0; v < 2; ++v) {
@@ -785,13 +785,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                              C::kGroups * 4 * (p.pair ? 2 : 1));  // warps
             }
         }
-        barrier_init(shared + C::kNext, 1);
-        barrier_init(shared + C::kNext + 8, C::kGroups * 4);
+        barrier_init(next, 1);
+        barrier_init(next + 8, C::kGroups * 4);  // warps
         fence_barrier_init();
         prefetch_map(k_map);
         prefetch_map(v_map);
     }
-    const uint32_t next = shared + C::kNext;
     wait_for_kernels_before();
     const Work w = work_of<C>(p, blockIdx.x);
     if (p.pair) {  // neither begins before the other's barriers are there
