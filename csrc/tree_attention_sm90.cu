@@ -343,12 +343,19 @@ struct Consumer {
     float scores[2][kKeys / 2];
     uint32_t probs[kKeys / 16][4];
     float out[kDim / 2];
-    float reference[2], sum[2];  // of both rows; reference in base 2, sum of this thread's columns
-    uint64_t word[2];            // the rows' first masks
+    // Of both rows: what exponents, in base 2, refer to; how far scores may exceed that, or -inf
+    // while no key is seen; the sum of this thread's columns.
+    float base[2], limit[2], sum[2];
+    uint64_t word[2];  // the rows' first masks
 
     // Row i of this thread, 0 or 1, in the block.
     __device__ __forceinline__ int row(int i) const {
         return int(threadIdx.x) / 32 * 16 + lane / 4 + i * 8;
+    }
+
+    // Of row i: what its sum refers to, -inf if that is empty.
+    __device__ __forceinline__ float reference(int i) const {
+        return limit[i] == -INFINITY ? -INFINITY : base[i];
     }
 
     __device__ __forceinline__ int node(int i) const { return (w.first_row + row(i)) / p.group; }
@@ -378,12 +385,9 @@ struct Consumer {
         barrier_wait(barriers + (v * C::kStages + ring.stage) * 8, ring.phase);
     }
 
-    // The same for V, and not before the row sums are there: else the assembler moves the wait for
-    // the matrix products, which comes next, up to where the softmax begins. No sum is negative,
-    // but it cannot know.
-    __device__ __forceinline__ void wait_full_after_sums(const Ring<C::kStages>& ring) const {
-        const uint32_t never = sum[0] + sum[1] < 0.0f ? 1 : 0;
-        barrier_wait(barriers + (C::kStages + ring.stage) * 8, ring.phase ^ never);
+    // Asked some time before, so that nothing waits for the answer.
+    __device__ __forceinline__ bool is_full(int v, const Ring<C::kStages>& ring) const {
+        return barrier_test(barriers + (v * C::kStages + ring.stage) * 8, ring.phase);
     }
 
     __device__ __forceinline__ void arrive_free(int v, const Ring<C::kStages>& ring) const {
@@ -396,12 +400,12 @@ struct Consumer {
     // to wait for, and what comes of whatever lies there is not used: a wgmma in a branch would
     // make the compiler wait for each.
     template <int kNow>
-    __device__ __forceinline__ void begin_scores(bool exists) {
-        if (exists) wait_full(0, k_ring);
-        const uint64_t k = matrix_descriptor(shared + k_ring.stage * C::kTileBytes, 16);
+    __device__ __forceinline__ void begin_scores(bool waits) {
+        if (waits) wait_full(0, k_ring);
+        const uint32_t k = matrix_place(shared + k_ring.stage * C::kTileBytes, 16);
         pin(scores[kNow]);
         wgmma_begin();
-        // A step of 16 dims is 32 bytes of a row; descriptors count in 16.
+        // A step of 16 dims is 32 bytes of a row; places count in 16.
         wgmma<T, false, false>(scores[kNow], q[0], k);
 #pragma unroll
         for (int i = 1; i < kDim / 16; ++i) {
@@ -413,8 +417,7 @@ struct Consumer {
     // Begins adding to `out` the probabilities times the next tile of V in the ring, which is
     // there.
     __device__ __forceinline__ void begin_out() {
-        const uint64_t v =
-            matrix_descriptor(shared + C::kV + v_ring.stage * C::kTileBytes, kHalfBytes);
+        const uint32_t v = matrix_place(shared + C::kV + v_ring.stage * C::kTileBytes, kHalfBytes);
         pin(out);
         pin(probs);
         wgmma_begin();
@@ -462,42 +465,49 @@ struct Consumer {
         }
     }
 
-    // The largest score of each of the two rows, times the scale.
-    __device__ __forceinline__ float row_max(const float (&s)[kKeys / 2], int i) const {
-        float top = fmaxf(s[i * 2], s[i * 2 + 1]);
+    // The greatest of this thread's in row i.
+    __device__ __forceinline__ static float greatest(const float (&s)[kKeys / 2], int i) {
+        float top[2] = {s[i * 2], s[i * 2 + 1]};
 #pragma unroll
         for (int j = 1; j < kKeys / 8; ++j) {
-            top = fmaxf(top, fmaxf(s[j * 4 + i * 2], s[j * 4 + i * 2 + 1]));
+            top[0] = fmaxf(top[0], s[j * 4 + i * 2]);
+            top[1] = fmaxf(top[1], s[j * 4 + i * 2 + 1]);
         }
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        return top * p.scale;
+        return fmaxf(top[0], top[1]);
     }
 
     // One step of the online softmax, from scores to probabilities. Returns whether `out` is to be
-    // multiplied by `shrink`; the whole warp agrees.
+    // multiplied by `shrink`; the whole warp agrees. Threads that share a row compare their scores
+    // only where the reference moves.
     __device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], float (&shrink)[2]) {
-        const float top[2] = {row_max(s, 0), row_max(s, 1)};
-        const bool moves =
-            __any_sync(~0u, top[0] > reference[0] + kLazy || top[1] > reference[1] + kLazy);
+#pragma unroll
+        for (int j = 0; j < kKeys / 2; ++j) s[j] = fmaf(s[j], p.scale, -base[j / 2 % 2]);
+        float top[2] = {greatest(s, 0), greatest(s, 1)};
+        const bool moves = __any_sync(~0u, top[0] > limit[0] || top[1] > limit[1]);
         if (moves) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float moved = fmaxf(reference[i], top[i]);
-                // No key seen yet: nothing to shrink.
-                shrink[i] = moved == -INFINITY ? 1.0f : exp2_approx(reference[i] - moved);
+                top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
+                top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2));
+                const float before = reference(i), moved = fmaxf(before, base[i] + top[i]);
+                if (moved == -INFINITY) continue;  // no key seen yet
+                shrink[i] = exp2_approx(before - moved);
                 sum[i] *= shrink[i];
-                reference[i] = moved;
+#pragma unroll
+                for (int j = 0; j < kKeys / 4; ++j) {
+                    s[j / 2 * 4 + i * 2 + j % 2] += base[i] - moved;
+                }
+                base[i] = moved;
+                limit[i] = kLazy;
             }
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float base = reference[i] == -INFINITY ? 0.0f : reference[i];
             float sums[2] = {0.0f, 0.0f};
 #pragma unroll
             for (int j = 0; j < kKeys / 4; ++j) {
                 float& x = s[j / 2 * 4 + i * 2 + j % 2];
-                x = exp2_approx(fmaf(x, p.scale, -base));
+                x = exp2_approx(x);
                 sums[j % 2] += x;
             }
             sum[i] += sums[0] + sums[1];
@@ -509,17 +519,20 @@ struct Consumer {
     // next tile's scores.
     template <int kNow, bool kFirst, bool kMask>
     __device__ __forceinline__ void step(int tile) {
-        const bool more = tile + 1 < w.hi;
+        const bool more = tile + 1 < w.hi, k_full = is_full(0, k_ring);
         if constexpr (!kFirst) begin_out();
-        begin_scores<1 - kNow>(more);
+        begin_scores<1 - kNow>(more && !k_full);
+        const Ring<C::kStages> v_now = v_ring;
+        if constexpr (!kFirst) v_ring.advance();
+        const bool v_full = is_full(1, v_ring);  // the next product's
 
         if (kMask && tile >= w.whole) hide(scores[kNow], tile);
         float shrink[2] = {1.0f, 1.0f};
         const bool moves = softmax(scores[kNow], shrink);
         pin(scores[kNow]);
-        const Ring<C::kStages> v_now = v_ring;
-        if constexpr (!kFirst) v_ring.advance();
-        wait_full_after_sums(v_ring);  // the next product's V
+        // Asks for the sums, of which none is negative: else the assembler, which cannot know,
+        // moves the wait for the matrix products up to where the softmax begins.
+        if (!v_full || sum[0] + sum[1] < 0.0f) wait_full(1, v_ring);
         wgmma_wait<0>();
         pin(out);
         pin(scores[1 - kNow]);
@@ -550,8 +563,8 @@ struct Consumer {
         for (int i = 0; i < kDim / 2; ++i) out[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            reference[i] = -INFINITY;
-            sum[i] = 0.0f;
+            limit[i] = -INFINITY;
+            base[i] = sum[i] = 0.0f;
         }
         if (w.lo < w.hi) {
             begin_scores<0>(true);
@@ -601,7 +614,7 @@ struct Consumer {
             const bool real = at.node < of.nodes && total != 0.0f;  // NaN stays NaN
             const float norm = real ? 1.0f / total : 0.0f;
             if (p.lse && at.exists && quad == 0) {
-                p.lse[at.lse] = real ? (reference[i] + log2f(total)) * kLn2 : -INFINITY;
+                p.lse[at.lse] = real ? (base[i] + log2f(total)) * kLn2 : -INFINITY;
             }
             T* to = static_cast<T*>(p.out) + at.out + quad * 8;
 #pragma unroll
@@ -650,7 +663,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float total = row_sum(i);
-            if (lane % 4 == 0) stats[row(i)] = {reference[i], total};
+            if (lane % 4 == 0) stats[row(i)] = {reference(i), total};
             float* to = partial + row(i) * kDim + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kDim / 8; ++j) {

@@ -97,6 +97,21 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
         : "memory");
 }
 
+// Whether the phase of this parity has completed.
+__device__ __forceinline__ bool barrier_test(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done;
+}
+
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -147,13 +162,15 @@ __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;
 // 2 (l % 4) and the next, a[1] the same 8 rows below, a[2] and a[3] the same 8 columns to the
 // right. So 16 columns of D, converted, are an A.
 
-// Of a matrix in rows of 128 bytes, 8 of them swizzled as an atom of 1024 bytes: 16-byte unit i of
-// row r is at i ^ r. `far` is the step to the next 64 columns where the matrix is read transposed.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t far) {
-    constexpr uint64_t kSwizzle128 = 1;
-    return uint64_t(address >> 4 & 0x3fff) | uint64_t(far >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
-           kSwizzle128 << 62;
+// The lower half of a descriptor: where a matrix lies, in rows of 128 bytes, 8 of them swizzled as
+// an atom of 1024 bytes: 16-byte unit i of row r is at i ^ r. `far` is the step to the next 64
+// columns where the matrix is read transposed. A step of 16 bytes is one of 1.
+__device__ __forceinline__ uint32_t matrix_place(uint32_t address, uint32_t far) {
+    return (address >> 4 & 0x3fff) | far >> 4 << 16;
 }
+
+// The upper half: 1024 bytes to the next atom, swizzle of 128 bytes.
+#define MK_MATRIX_LAYOUT "0x40000040"
 
 // clang-format off
 #define MK_F8(x, i) "+f"(x[i]), "+f"(x[i + 1]), "+f"(x[i + 2]), "+f"(x[i + 3]), \
@@ -167,24 +184,26 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define MK_WGMMA_64(type)                                                                      \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %37, 0;\n"                              \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\n"                \
+                 "mov.b64 b, {%36, " MK_MATRIX_LAYOUT "};\n"                                   \
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                   \
-                 " {" MK_REGISTERS_32 "}, {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n}"       \
+                 " {" MK_REGISTERS_32 "}, {%32, %33, %34, %35}, b, add, 1, 1, %38;\n}"         \
                  : MK_F32(d, 0)                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)),         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "n"(int(kAdd)),     \
                    "n"(int(kTransposed)))
 #define MK_WGMMA_128(type)                                                                     \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"                              \
+    asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\n"                \
+                 "mov.b64 b, {%68, " MK_MATRIX_LAYOUT "};\n"                                   \
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                  \
-                 " {" MK_REGISTERS_64 "}, {%64, %65, %66, %67}, %68, add, 1, 1, %70;\n}"       \
+                 " {" MK_REGISTERS_64 "}, {%64, %65, %66, %67}, b, add, 1, 1, %70;\n}"         \
                  : MK_F64(d)                                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kAdd)),         \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "n"(int(kAdd)),     \
                    "n"(int(kTransposed)))
 // clang-format on
 
-// kTransposed: B's rows lie in shared memory as rows, not as columns.
+// place: B's. kTransposed: B's rows lie in shared memory as rows, not as columns.
 template <typename T, bool kTransposed, bool kAdd>
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint32_t place) {
     if constexpr (std::is_same_v<T, __half>) {
         MK_WGMMA_64("f16");
     } else {
@@ -193,7 +212,7 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
 }
 
 template <typename T, bool kTransposed, bool kAdd>
-__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint32_t place) {
     if constexpr (std::is_same_v<T, __half>) {
         MK_WGMMA_128("f16");
     } else {
@@ -237,6 +256,7 @@ __device__ __forceinline__ void wgmma_wait() {
 #undef MK_REGISTERS_64
 #undef MK_WGMMA_64
 #undef MK_WGMMA_128
+#undef MK_MATRIX_LAYOUT
 
 // ---- clusters ----
 
