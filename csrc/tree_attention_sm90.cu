@@ -83,39 +83,41 @@ struct Work {
     int split, num_splits;
     int length, nodes, keys;
     int whole, cached, lo, hi;
-};
 
-// item: of `p.items` row blocks; else there is a block for each split of each
-template <typename C>
-__device__ __forceinline__ Work work_of(const AttentionParams& p, int item) {
-    Work w;
-    w.num_splits = p.num_splits;
-    if (C::kStay && p.items) {
-        const int head = item / p.row_blocks;
-        w.batch = head / p.heads_kv;
-        w.head_kv = head - w.batch * p.heads_kv;
-        w.split = 0;
-        w.first_row = (item - head * p.row_blocks) * C::kRows;
-    } else {
-        w.batch = blockIdx.z;
-        w.head_kv = blockIdx.y / p.num_splits;
-        w.split = blockIdx.y - w.head_kv * p.num_splits;
-        w.first_row = blockIdx.x * C::kRows;
+    // Which rows: begins to load their request's lengths, which `set_tiles` needs.
+    // item: of `p.items` row blocks; else there is a block for each split of each
+    template <typename C>
+    __device__ __forceinline__ void set_rows(const AttentionParams& p, int item) {
+        num_splits = p.num_splits;
+        if (C::kStay && p.items) {
+            const int head = item / p.row_blocks;
+            batch = head / p.heads_kv;
+            head_kv = head - batch * p.heads_kv;
+            split = 0;
+            first_row = (item - head * p.row_blocks) * C::kRows;
+        } else {
+            batch = blockIdx.z;
+            head_kv = blockIdx.y / p.num_splits;
+            split = blockIdx.y - head_kv * p.num_splits;
+            first_row = blockIdx.x * C::kRows;
+        }
+        nodes = p.num_nodes ? p.num_nodes[batch] : p.size;
+        length = p.cache_seqlens[batch];
     }
-    // Clamped, so that no value reaches outside the cache.
-    const int nodes = p.num_nodes ? min(max(p.num_nodes[w.batch], 0), p.size) : p.size;
-    const int length = p.cache_seqlens[w.batch];
-    w.nodes = min(nodes, p.capacity);
-    w.length = w.nodes > 0 ? min(max(length, 0), p.capacity - w.nodes) : 0;
-    w.keys = w.length + w.nodes;
-    const int tiles = (w.keys + kKeys - 1) / kKeys;
-    w.whole = w.length / kKeys;
-    w.cached = p.new_rows[0] ? w.whole : w.keys / kKeys;
-    // The last split, whose tiles hold the nodes, has none too many.
-    w.lo = (tiles * w.split + w.num_splits - 1) / w.num_splits;
-    w.hi = (tiles * (w.split + 1) + w.num_splits - 1) / w.num_splits;
-    return w;
-}
+
+    __device__ __forceinline__ void set_tiles(const AttentionParams& p) {
+        // Clamped, so that no value reaches outside the cache.
+        nodes = min(min(max(nodes, 0), p.size), p.capacity);
+        length = nodes > 0 ? min(max(length, 0), p.capacity - nodes) : 0;
+        keys = length + nodes;
+        const int tiles = (keys + kKeys - 1) / kKeys;
+        whole = length / kKeys;
+        cached = p.new_rows[0] ? whole : keys / kKeys;
+        // The last split, whose tiles hold the nodes, has none too many.
+        lo = (tiles * split + num_splits - 1) / num_splits;
+        hi = (tiles * (split + 1) + num_splits - 1) / num_splits;
+    }
+};
 
 // A place in the ring of tiles, and the parity of the phase in which it is filled.
 template <int kStages>
@@ -215,6 +217,9 @@ struct Producer {
                              block_now, full(v), p.pair);
                 }
             }
+            // All blocks fill their rings at once: where matrix products bound, what is needed
+            // first comes first. Where memory does, it never idles.
+            if (C::kGroups == 2 && tile == w.lo + 1) barrier_wait(full(0), ring.phase);
             ring.advance();
         }
     }
@@ -303,7 +308,8 @@ struct Producer {
             __syncwarp();  // who waits at a barrier first would hold up the thread that draws
             const int item = next.take();
             if (item >= p.items) break;
-            w = work_of<C>(p, item);
+            w.set_rows<C>(p, item);
+            w.set_tiles(p);
             row_block(k_map, v_map);
         }
     }
@@ -365,7 +371,7 @@ struct Consumer {
         for (int i = 0; i < 2; ++i) {
             const int r = w.first_row + row(i);
             const int node = r / p.group, head = w.head_kv * p.group + r - node * p.group;
-            const bool ok = node < w.nodes;
+            const bool ok = node < p.size;  // what rows of absent nodes come to is not used
             const T* from = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
                             int64_t(node) * p.q_strides.slot + int64_t(head) * p.q_strides.head +
                             lane % 4 * 2;
@@ -636,7 +642,8 @@ struct Consumer {
     // A split, whose results are left in `out`, or unsplit row blocks, this one and those that the
     // block goes on with.
     __device__ __forceinline__ void run() {
-        load_q();
+        load_q();  // before the lengths are there
+        w.set_tiles(p);
 #pragma unroll 1
         for (;;) {
             attend();
@@ -649,8 +656,9 @@ struct Consumer {
                 if (lane == 0) barrier_arrive(next.free());
                 more = item < p.items;
                 if (more) {
-                    w = work_of<C>(p, item);
+                    w.template set_rows<C>(p, item);
                     load_q();  // comes while the results are written
+                    w.set_tiles(p);
                 }
             }
             write(of);
@@ -658,123 +666,115 @@ struct Consumer {
         }
     }
 
-    // Leaves this split's results in memory.
-    __device__ __forceinline__ void publish(float* partial, float2* stats) const {
+    // Leaves this split's results in memory, as `merge` takes them.
+    __device__ __forceinline__ void publish(float4* partial, float2* stats) const {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float total = row_sum(i);
             if (lane % 4 == 0) stats[row(i)] = {reference(i), total};
-            float* to = partial + row(i) * kDim + lane % 4 * 2;
+        }
+        float4* to = partial + int(threadIdx.x) / 32 * (kDim / 8) * 32 + lane;
 #pragma unroll
-            for (int j = 0; j < kDim / 8; ++j) {
-                *reinterpret_cast<float2*>(to + j * 8) = {out[j * 4 + i * 2],
-                                                          out[j * 4 + i * 2 + 1]};
-            }
+        for (int j = 0; j < kDim / 8; ++j) {
+            to[j * 32] = {out[j * 4], out[j * 4 + 1], out[j * 4 + 2], out[j * 4 + 3]};
         }
     }
 };
 
-// Merges this block's share of the rows, in the order of the splits, and writes them. A warp takes
-// four rows at a time: of the weights lane l computes that of row l / 8 and split l % 8, as every
-// instruction counts where a block has little else to do.
+// Merges this block's share of the splits' results, in the order of the splits, and writes it. A
+// warp takes 16 rows of a quarter of the dims at a time, of which a thread has two rows that are 8
+// apart, and two dims of each 8.
 //
-// partial, stats: what the splits left, [splits, rows, D], and of each row a reference and a sum;
-// nothing of it may come out of the L1
-template <typename C>
-__device__ __forceinline__ void merge_rows(const AttentionParams& p, const Work& w,
-                                           const float* partial, const float2* stats, int warp,
-                                           int lane) {
+// partial, stats: [splits, rows / 16, D / 8, 32] and [splits, rows], of each row a reference and a
+// sum; nothing of it may come out of the L1
+// wait: until all of it is there; what does not depend on it is done before
+template <typename C, typename Wait>
+__device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
+                                      const float4* partial, const float2* stats, int warp,
+                                      int lane, Wait&& wait) {
     using T = typename C::T;
-    constexpr int kLanes = C::kDim / 4;     // of a row
-    constexpr int kRows = 4 * kLanes / 32;  // of a lane
-    constexpr int kSplits = 8;              // at once
-    const int dim = lane % kLanes * 4;
-    const int first = C::kRows * w.split / w.num_splits;
-    const int last = C::kRows * (w.split + 1) / w.num_splits;
-    const auto slot = [&](int r) { return r * (32 / kLanes) + lane / kLanes; };  // of the four
+    constexpr int kColumns = C::kDim / 32;  // of 8 dims
+    constexpr int kParts = C::kRows / 16 * 4;
+    constexpr int kStep = C::kRows * C::kDim / 4;  // from a split's results to the next one's
+    constexpr int kSplits = 8;                     // at once
+    const int last = kParts * (w.split + 1) / w.num_splits;
+    int part = kParts * w.split / w.num_splits + warp;
+    RowPlace place[2];
+    const auto set_places = [&] {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            place[r] = row_place(p, w, part / 4 * 16 + lane / 4 + r * 8);
+            pin(place[r].out);
+        }
+    };
+    set_places();
+    wait();
 #pragma unroll 1
-    for (int four = first + warp * 4; four < last; four += C::kGroups * 16) {
-        float4 x[kRows][kSplits];
-        const auto load = [&](int split) {
+    while (part < last) {
+        const float4* from = partial + part * kColumns * 32 + lane;
+        const float2* stat = stats + part / 4 * 16 + lane / 4;
+        float total[2][kColumns][2] = {}, reference[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+#pragma unroll 1
+        for (int left = w.num_splits; left > 0; left -= kSplits) {
+            float4 x[kSplits][kColumns];
+            float2 its[2][kSplits];
 #pragma unroll
             for (int i = 0; i < kSplits; ++i) {
-                if (split + i >= w.num_splits) break;
+                its[0][i] = its[1][i] = {-INFINITY, 0.0f};
+                if (i < left) {
+                    its[0][i] = __ldcg(stat + i * C::kRows);
+                    its[1][i] = __ldcg(stat + i * C::kRows + 8);
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    const int row = min(four + slot(r), last - 1);
-                    x[r][i] = __ldcg(reinterpret_cast<const float4*>(
-                        partial + ((split + i) * C::kRows + row) * C::kDim + dim));
+                    for (int j = 0; j < kColumns; ++j) x[i][j] = __ldcg(from + i * kStep + j * 32);
                 }
             }
-        };
-        const int row = min(four + lane / kSplits, last - 1);
-        const auto stat = [&](int split) {
-            const int mine = split + lane % kSplits;
-            return mine < w.num_splits ? __ldcg(stats + mine * C::kRows + row)
-                                       : float2{-INFINITY, 0.0f};
-        };
-        load(0);
-        float2 now = stat(0);
-        float top = now.x, sum = now.y;
-#pragma unroll 1
-        for (int split = kSplits; split < w.num_splits; split += kSplits) {
-            const float2 next = stat(split);
-            const float higher = fmaxf(top, next.x), base = higher == -INFINITY ? 0.0f : higher;
-            sum = sum * exp2_approx(top - base) + next.y * exp2_approx(next.x - base);
-            top = higher;
-        }
-        float reference = top;
 #pragma unroll
-        for (int i = 1; i < kSplits; i *= 2) {
-            reference = fmaxf(reference, __shfl_xor_sync(~0u, reference, i));
-        }
-        const float base = reference == -INFINITY ? 0.0f : reference;
-        sum *= exp2_approx(top - base);
+            for (int r = 0; r < 2; ++r) {
+                float moved = reference[r];
 #pragma unroll
-        for (int i = 1; i < kSplits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-
-        float4 total[kRows] = {};
-        for (int split = 0;;) {
-            const float weight = exp2_approx(now.x - base);
+                for (int i = 0; i < kSplits; ++i) moved = fmaxf(moved, its[r][i].x);
+                const float base = moved == -INFINITY ? 0.0f : moved;
+                const float shrink = exp2_approx(reference[r] - base);
+                reference[r] = moved;
+                sum[r] *= shrink;
 #pragma unroll
-            for (int i = 0; i < kSplits; ++i) {
-                if (split + i >= w.num_splits) break;
+                for (int j = 0; j < kColumns; ++j) {
+                    total[r][j][0] *= shrink;
+                    total[r][j][1] *= shrink;
+                }
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    const float factor = __shfl_sync(~0u, weight, slot(r) * kSplits + i);
-                    total[r].x = fmaf(x[r][i].x, factor, total[r].x);
-                    total[r].y = fmaf(x[r][i].y, factor, total[r].y);
-                    total[r].z = fmaf(x[r][i].z, factor, total[r].z);
-                    total[r].w = fmaf(x[r][i].w, factor, total[r].w);
+                for (int i = 0; i < kSplits; ++i) {
+                    if (i >= left) break;
+                    const float weight = exp2_approx(its[r][i].x - base);
+                    sum[r] = fmaf(its[r][i].y, weight, sum[r]);
+#pragma unroll
+                    for (int j = 0; j < kColumns; ++j) {
+                        const float4& y = x[i][j];
+                        total[r][j][0] = fmaf(r ? y.z : y.x, weight, total[r][j][0]);
+                        total[r][j][1] = fmaf(r ? y.w : y.y, weight, total[r][j][1]);
+                    }
                 }
             }
-            split += kSplits;
-            if (split >= w.num_splits) break;
-            load(split);
-            now = stat(split);
-        }
-
-        const RowPlace place = row_place(p, w, row);
-        const bool real = place.node < w.nodes && sum != 0.0f;  // NaN stays NaN
-        const float norm = real ? 1.0f / sum : 0.0f;
-        const bool exists = four + lane / kSplits < last && place.exists;
-        if (p.lse && exists && lane % kSplits == 0) {
-            p.lse[place.lse] = real ? (reference + log2f(sum)) * kLn2 : -INFINITY;
+            from += kSplits * kStep;
+            stat += kSplits * C::kRows;
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-            const int from = slot(r) * kSplits;
-            const float factor = __shfl_sync(~0u, norm, from);
-            const int64_t at = __shfl_sync(~0u, place.out, from);
-            uint2 packed = {0, 0};
-            if (factor != 0.0f) {
-                packed = {pack<T>(total[r].x * factor, total[r].y * factor),
-                          pack<T>(total[r].z * factor, total[r].w * factor)};
+        for (int r = 0; r < 2; ++r) {
+            if (!place[r].exists) continue;
+            const bool real = place[r].node < w.nodes && sum[r] != 0.0f;  // NaN stays NaN
+            const float norm = real ? 1.0f / sum[r] : 0.0f;
+            T* to = static_cast<T*>(p.out) + place[r].out + part % 4 * kColumns * 8 + lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) {
+                *reinterpret_cast<uint32_t*>(to + j * 8) =
+                    real ? pack<T>(total[r][j][0] * norm, total[r][j][1] * norm) : 0;
             }
-            if (__shfl_sync(~0u, exists, from)) {
-                *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at + dim) = packed;
+            if (p.lse && part % 4 == 0 && lane % 4 == 0) {
+                p.lse[place[r].lse] = real ? (reference[r] + log2f(sum[r])) * kLn2 : -INFINITY;
             }
         }
+        part += C::kGroups * 4;
+        if (part < last) set_places();
     }
 }
 
@@ -805,7 +805,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         prefetch_map(v_map);
     }
     wait_for_kernels_before();
-    const Work w = work_of<C>(p, blockIdx.x);
+    Work w;
+    w.set_rows<C>(p, blockIdx.x);
     if (p.pair) {  // neither begins before the other's barriers are there
         cluster_arrive();
         cluster_wait();
@@ -816,6 +817,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     const int group = threadIdx.x / kGroupThreads;
     if (group == C::kGroups) {
         shrink_registers<C::kProducerRegisters>();
+        w.set_tiles(p);
         Producer<C> producer{p, w, shared, barriers, int(threadIdx.x) % kGroupThreads, {p, next}};
         producer.run(k_map, v_map);
         __syncwarp();
@@ -841,20 +843,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             const int64_t row_block =
                 (int64_t(done.batch) * p.heads_kv + done.head_kv) * gridDim.x + blockIdx.x;
             const int64_t rows = row_block * done.num_splits * C::kRows;  // before this row block's
-            float* partial = p.partial + rows * C::kDim;
+            float4* partial = p.partial + rows * (C::kDim / 4);
             float2* stats = p.stats + rows;
-            consumer.publish(partial + done.split * C::kRows * C::kDim,
+            consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
                              stats + done.split * C::kRows);
             sync_threads<2, kConsumers>();
-            if (threadIdx.x == 0) {
-                uint32_t* counter = split_arrivals + p.first_arrival + row_block;
-                if (!arrive(counter, done.num_splits)) {
-                    while (load_acquire(counter) != 0) {  // the last to arrive leaves a 0
-                    }
+            bool waits = false;
+            uint32_t* counter = split_arrivals + p.first_arrival + row_block;
+            if (threadIdx.x == 0) waits = !arrive(counter, done.num_splits);
+            merge<C>(p, done, partial, stats, threadIdx.x / 32, lane, [&] {
+                while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
                 }
-            }
-            sync_threads<2, kConsumers>();
-            merge_rows<C>(p, done, partial, stats, threadIdx.x / 32, lane);
+                sync_threads<2, kConsumers>();
+            });
         }
     }
     if (p.pair) cluster_wait();  // the other one arrives at this block's barriers until then
@@ -898,8 +899,8 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
         cluster.val.clusterDim = {2, 1, 1};
     }
     if (plan.num_splits > 1) {
-        p.stats =
-            reinterpret_cast<float2*>(p.partial + blocks * plan.num_splits * C::kRows * C::kDim);
+        p.stats = reinterpret_cast<float2*>(p.partial +
+                                            blocks * plan.num_splits * C::kRows * C::kDim / 4);
         p.first_arrival = arrival_turns.claim(static_cast<int32_t>(blocks), stream);
         cudaLaunchAttribute& together =
             attributes[config.numAttrs++];  // as they wait for each other

@@ -67,9 +67,9 @@ struct AttentionParams {
     const int32_t* block_table;    // [B, max_blocks] or null
     void* out;                     // [B, T, H, D]
     float* lse;                    // [B, H, T] or null
-    // Results of splits that merge through memory, or null: [row blocks, splits, rows, D], and of
-    // each row a reference and a sum.
-    float* partial;
+    // Results of splits that merge through memory, or null: [row blocks, splits, rows * D / 4], and
+    // of each row a reference and a sum.
+    float4* partial;
     float2* stats;
     RowStrides q_strides, strides[2], new_strides[2], out_strides;
     int64_t mask_stride, table_stride;  // of a request
@@ -100,7 +100,7 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.block_table = static_cast<const int32_t*>(at(kBlockTable));
     p.out = at(kOut);
     p.lse = static_cast<float*>(at(kLse));
-    p.partial = static_cast<float*>(at(kWork));
+    p.partial = static_cast<float4*>(at(kWork));
     p.q_strides = plan.q;
     p.strides[0] = plan.k_cache;
     p.strides[1] = plan.v_cache;

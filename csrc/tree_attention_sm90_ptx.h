@@ -225,6 +225,8 @@ __device__ __forceinline__ void pin(float (&x)[32]) { asm volatile("" : MK_F32(x
 
 __device__ __forceinline__ void pin(float (&x)[64]) { asm volatile("" : MK_F64(x)::"memory"); }
 
+__device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)::"memory"); }
+
 template <int kCount>
 __device__ __forceinline__ void pin(uint32_t (&x)[kCount][4]) {
 #pragma unroll
