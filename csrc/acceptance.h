@@ -18,10 +18,8 @@
 #define MK_HD inline
 #endif
 #if defined(__CUDA_ARCH__)
-#define MK_UNROLL _Pragma("unroll")
 #define MK_ROLLED _Pragma("unroll 1")
 #else
-#define MK_UNROLL
 #define MK_ROLLED
 #endif
 
@@ -95,6 +93,15 @@ MK_HD float f_add(float a, float b) {
 MK_HD float f_div(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fdiv_rn(a, b);
+#else
+    return a / b;
+#endif
+}
+
+// About a / b; 0 on a GPU where b is above 2**126.
+MK_HD float quotient(float a, float b) {
+#if defined(__CUDA_ARCH__)
+    return __fdividef(a, b);
 #else
     return a / b;
 #endif
@@ -221,6 +228,7 @@ MK_HD float key_value(uint32_t key) {
 constexpr uint32_t kKeyOfMinusInf = 0x007FFFFFu, kKeyOfInf = 0xFF800000u;
 
 constexpr uint64_t kWeightOfMax = uint64_t(1) << 31;
+constexpr int kExactSums = 512;  // weights that Distribution::Parts add up without rounding
 
 struct Distribution {
     uint64_t total;    // of the weights that are kept
@@ -238,6 +246,18 @@ struct Distribution {
     // 2**31 at the maximum; 0 from 2**-32 of it downwards, and for NaN.
     MK_HD uint32_t weight(float x) const {
         return round_unsigned(exp2_product<31>(below_max(x), scale));
+    }
+    // The same in two parts: `high` a multiple of 2**16 up to 2**31, `low` within 2**15 of 0. Sums
+    // of kExactSums of each fit in a float's 24 bits, and a GPU adds floats, under a predicate,
+    // several times as fast as 64-bit integers.
+    struct Parts {
+        float high, low;
+    };
+    MK_HD Parts weight_parts(float x) const {
+        const float weight = exp2_product<31>(below_max(x), scale);
+        const float high = f_add(f_add(weight, 824633720832.0f), -824633720832.0f);  // 1.5 * 2**39
+        const float low = f_add(weight, -high);
+        return {high, f_add(f_add(low, 12582912.0f), -12582912.0f)};  // 1.5 * 2**23
     }
     // All logits weigh the same, 2**31.
     MK_HD Distribution flat() const {
@@ -336,74 +356,97 @@ MK_HD BoundRange bound_range(const Distribution& d, const Request& r, float mean
     return {low, r.threshold < high ? r.threshold : high};
 }
 
-constexpr int kPivots = 3;
-
-// An order key: no logit up to it weighs more than `weight`.
-MK_HD uint32_t key_of_weight(const Distribution& d, uint64_t weight, int drop) {
-    const int log2 =
-        weight ? static_cast<int>(float_bits(static_cast<float>(weight)) >> 23) - 127 : -2;
-    const uint32_t key =
-        order_key(f_add(d.max, f_div(static_cast<float>(log2 - 32), d.scale))) >> drop;
-    const uint32_t least = kKeyOfMinusInf >> drop;
-    return (key > least ? key - 1 : least) << drop;
-}
-
-// The least c in low .. high for which what lies above c measures less than limit. Keys are
-// searched without their last `drop` bits, in which those of 16-bit logits do not differ.
-// above(bounds, sums) measures what is at least as great as each of kPivots logits. Nothing is
-// above high. `kept`: the measure of everything from low on, then of everything from c on.
-template <typename Above>
-MK_HD uint32_t find_cutoff(uint64_t limit, uint32_t low, uint32_t high, int drop, uint64_t* kept,
-                           Above&& above) {
-    uint32_t first = low >> drop, last = high >> drop;  // the answer is one of these
-    for (int round = 0; first < last; ++round) {
-        // Logits are spread more evenly than their keys, of which half are below 1; but near 0, or
-        // among many equal ones, only halving the keys comes to an end soon.
-        const float bottom = key_value(first << drop), top = key_value(last << drop);
-        const float apart = f_mul(f_add(top, -bottom), 1.0f / (kPivots + 1));
-        const bool by_value = round < 4 && apart > 0.0f && apart < INFINITY;
-        const uint32_t step = (last - first + kPivots) / (kPivots + 1);
-        uint32_t pivots[kPivots];  // increasing, first .. last - 1
-        float bounds[kPivots];
-        uint64_t sums[kPivots];
-        MK_UNROLL
-        for (int i = 0; i < kPivots; ++i) {
-            uint32_t pivot = first + (i + 1) * step - 1;
-            if (by_value)
-                pivot = order_key(f_fma(apart, static_cast<float>(i + 1), bottom)) >> drop;
-            pivot = pivot > first ? pivot : first;
-            pivots[i] = pivot < last ? pivot : last - 1;
-            bounds[i] = key_value((pivots[i] + 1) << drop);
-            sums[i] = 0;
-        }
-        above(bounds, sums);
-        MK_UNROLL
-        for (int i = kPivots - 1; i >= 0; --i) {
-            if (sums[i] < limit) last = pivots[i];
-        }
-        MK_UNROLL
-        for (int i = 0; i < kPivots; ++i) {
-            if (sums[i] >= limit) {
-                first = pivots[i] + 1;
-                *kept = sums[i];
-            }
-        }
-    }
-    return first << drop;
-}
-
-// Where to begin: above this key there is at least `limit` of a row's weights, which are `total`.
-MK_HD uint32_t cutoff_begin(const Distribution& d, uint64_t limit, uint64_t total, int vocab,
-                            uint32_t top, int drop) {
-    if (limit <= kWeightOfMax) return ((top >> drop) - 1) << drop;
-    return key_of_weight(d, total > limit ? (total - limit) / static_cast<uint64_t>(vocab) : 0,
-                         drop);
-}
-
 // What the tokens above top-p's cutoff must weigh less than.
 MK_HD uint64_t top_p_limit(float top_p, uint64_t total) {
     const double limit = ceil(static_cast<double>(top_p) * static_cast<double>(total));
     return limit >= 1.0 ? static_cast<uint64_t>(limit) : 1;
+}
+
+constexpr int kPivots = 8;
+constexpr int kRoundsByValue = 4;
+
+// Looks for a cutoff: the least key for which what lies above it measures less than `limit`. Each
+// round measures what lies above each of kPivots keys. Where these are is a guess, which may cost
+// rounds but does not change the cutoff. Keys are without their last `drop` bits here, in which
+// those of 16-bit logits do not differ.
+struct CutoffSearch {
+    uint64_t limit;        // 0: a part of everything, which the first round measures
+    uint32_t first, last;  // the cutoff is one of these; nothing is above the first `last`
+    int drop;
+    int round;
+    uint64_t kept, above;  // what is from `first` on, and above `last`, measures
+    bool by_value;         // how the pivots are spaced, by value or by key:
+    float highest, step;   // the last one, and from each to the next
+
+    MK_HD void place_pivots(const Distribution& d, int vocab) {
+        const float bottom = key_value(first << drop), top = key_value((last + 1) << drop);
+        const float width = top - bottom;
+        if (++round == 0) {
+            // A whole vocabulary of logits that weigh 2**-5 / vocab of the maximum is a 32nd of it:
+            // few nuclei end below that.
+            const int log2 = static_cast<int>(float_bits(static_cast<float>(vocab)) >> 23) - 127;
+            const float range = quotient(static_cast<float>(log2 + 5), d.scale);
+            by_value = true;
+            step = (range < width ? range : width) * (1.0f / (kPivots - 2));
+            highest = d.max;
+            return;
+        }
+        // Logits are spread more evenly than their keys, of which half are below 1; but near 0, or
+        // among many equal ones, only dividing the keys comes to an end soon.
+        by_value = round < kRoundsByValue && width > 0.0f && width < INFINITY;
+        // The cutoff is near where a straight line between both ends' measures meets the limit: off
+        // by an eighth of the width's square, in e-folds of weight, if the slope changes by a
+        // factor of e in each. Half of the pivots' range is a little more than that.
+        const float share =
+            quotient(static_cast<float>(limit - above), static_cast<float>(kept - above));
+        const float apart = width * d.scale * (0.25f / kPivots);
+        constexpr float kLeast = 0.02f, kMost = 1.0f / (kPivots + 1);
+        step = width * (apart < kLeast ? kLeast : apart < kMost ? apart : kMost);
+        highest = top - share * width + step * (0.5f * (kPivots - 1));
+        highest = highest < top - step ? highest : top - step;
+        highest = highest > bottom + step * kPivots ? highest : bottom + step * kPivots;
+    }
+    MK_HD uint32_t key_at(int i) const {
+        return order_key(highest - step * static_cast<float>(kPivots - 1 - i)) >> drop;
+    }
+    // In increasing order; the first round's first one has everything above it, and its last one
+    // only the maximum.
+    MK_HD uint32_t pivot(int i) const {
+        if (round == 0 && i == 0) return first - 1;
+        uint32_t key = first + (i + 1) * ((last - first + kPivots) / (kPivots + 1)) - 1;
+        if (by_value) {
+            const uint32_t beside = key_at(kPivots / 2) + i - kPivots / 2;  // at least a key apart
+            key = key_at(i);
+            if (i < kPivots / 2 ? key > beside : key < beside) key = beside;
+        }
+        key = key > first ? key : first;
+        return key < last ? key : last - 1;
+    }
+    // The least logit above a pivot.
+    MK_HD float bound(uint32_t pivot) const { return key_value((pivot + 1) << drop); }
+
+    // What is above a pivot measures so much: the limit at least, or less.
+    MK_HD void set_first(uint32_t pivot, uint64_t measure) {
+        first = pivot + 1;
+        kept = measure;
+    }
+    MK_HD void set_last(uint32_t pivot, uint64_t measure) {
+        last = pivot;
+        above = measure;
+    }
+};
+
+// For top-k's cutoff, or without `top_k` top-p's, among what has a weight and is not below key
+// `low`.
+MK_HD CutoffSearch start_search(const Distribution& d, uint32_t low, int top_k, int drop) {
+    const uint32_t least = order_key(f_add(d.max, f_div(-34.0f, d.scale)));
+    CutoffSearch search{};
+    search.round = -1;
+    search.limit = top_k * kWeightOfMax;
+    search.first = (low > least ? low : least) >> drop;
+    search.last = order_key(d.max) >> drop;
+    search.drop = drop;
+    return search;
 }
 
 // ---- draws ----
@@ -544,6 +587,29 @@ inline constexpr int kDropBits<bf16_t> = 16;
 template <>
 inline constexpr int kDropBits<fp16_t> = 13;
 
+// measure(bounds, sums) adds what is at least each of kPivots logits.
+template <typename Measure>
+CutoffSearch find_cutoff(CutoffSearch search, const Distribution& d, int vocab, float top_p,
+                         Measure&& measure) {
+    do {
+        search.place_pivots(d, vocab);
+        uint32_t pivots[kPivots];
+        float bounds[kPivots];
+        uint64_t sums[kPivots] = {};
+        for (int i = 0; i < kPivots; ++i) {
+            pivots[i] = search.pivot(i);
+            bounds[i] = search.bound(pivots[i]);
+        }
+        measure(bounds, sums);
+        if (search.limit == 0) search.limit = top_p_limit(top_p, sums[0]);
+        int reached = 0;
+        while (reached < kPivots && sums[reached] >= search.limit) ++reached;
+        if (reached > 0) search.set_first(pivots[reached - 1], sums[reached - 1]);
+        if (reached < kPivots) search.set_last(pivots[reached], sums[reached]);
+    } while (search.first < search.last);
+    return search;
+}
+
 template <typename scalar_t>
 class SerialAcceptance {
  public:
@@ -614,25 +680,23 @@ class SerialAcceptance {
             set_bound(d, r_, entropy);
             return d;
         }
-        const uint32_t top = static_cast<uint32_t>(best >> 32);
-        constexpr int kDrop = kDropBits<scalar_t>;
-        const auto cut = [&](bool by_count, uint64_t limit, uint64_t* kept) {
-            const Distribution counts = by_count ? d.flat() : d;
-            const uint32_t begin = cutoff_begin(d, limit, d.total, a_.vocab, top, kDrop);
-            d.cutoff = find_cutoff(limit, begin > d.cutoff ? begin : d.cutoff, top, kDrop, kept,
-                                   [&](const float* bounds, uint64_t (&sums)[kPivots]) {
-                                       for (int i = 0; i < a_.vocab; ++i) {
-                                           const float v = to_float(x[i]);
-                                           const uint32_t weight = counts.weight(v);
-                                           for (int j = 0; j < kPivots; ++j)
-                                               sums[j] += v >= bounds[j] ? weight : 0;
-                                       }
-                                   });
+        const auto cut = [&](int top_k) {
+            const Distribution counts = top_k > 0 ? d.flat() : d;
+            const CutoffSearch search =
+                find_cutoff(start_search(d, d.cutoff, top_k, kDropBits<scalar_t>), d, a_.vocab,
+                            r_.top_p, [&](const float* bounds, uint64_t* sums) {
+                                for (int i = 0; i < a_.vocab; ++i) {
+                                    const float v = to_float(x[i]);
+                                    const uint32_t weight = counts.weight(v);
+                                    for (int j = 0; j < kPivots; ++j)
+                                        sums[j] += v >= bounds[j] ? weight : 0;
+                                }
+                            });
+            d.cutoff = search.first << search.drop;
+            return search.kept;
         };
-        uint64_t count;
-        if (r_.top_k > 0 && r_.top_k < a_.vocab) cut(true, r_.top_k * kWeightOfMax, &count);
-        d.total = total();
-        if (r_.top_p < 1.0f) cut(false, top_p_limit(r_.top_p, d.total), &d.total);
+        if (r_.top_k > 0 && r_.top_k < a_.vocab) cut(r_.top_k);
+        d.total = r_.top_p < 1.0f ? cut(0) : total();
         return d;
     }
 

@@ -132,8 +132,11 @@ struct Shared {
     uint64_t mail[kMaxTreeNodes];
     uint64_t partial[kWarps][kPivots];
     uint64_t block[2][kMaxCluster][kPivots];  // each block's part, which it puts here; in turns
-    uint32_t first[2];                        // where the block's greatest logit is; in turns
-    uint64_t units[kWarps];                   // weight of each warp's part of a row
+    CutoffSearch search;
+    uint32_t pivots[kPivots];
+    float bounds[kPivots];   // the least logit above each
+    uint32_t first[2];       // where the block's greatest logit is; in turns
+    uint64_t units[kWarps];  // weight of each warp's part of a row
     uint64_t draw, seed, offset;
     int64_t next;
     int32_t parents[kMaxTreeNodes], depth[kMaxTreeNodes];
@@ -390,9 +393,18 @@ struct Accept {
         }
     }
 
-    // Of all threads of the cluster, to all of them. Blocks put their parts into each other's
-    // shared memory before the barrier and read only their own after it, so that one may end while
-    // another still reads.
+    // Puts what the block's warps have in s.partial together, into all blocks' s.block: after the
+    // next barrier each reads only its own, so that one may end while another still reads.
+    template <typename Op>
+    __device__ void exchange(int num_values) {
+        if (warp < num_values) {
+            uint64_t value[1] = {lane < kWarps ? s.partial[lane][warp] : 0};
+            Op::template reduce<1>(value);
+            const int from = p.blocks > 1 ? rank() : 0;
+            if (lane < p.blocks) *Cluster::of(&s.block[turn][from][warp], lane) = value[0];
+        }
+    }
+    // Of all threads of the cluster, to all of them.
     template <typename Op, int kValues>
     __device__ void all_reduce(uint64_t (&values)[kValues]) {
         Op::template reduce<kValues>(values);
@@ -401,12 +413,7 @@ struct Accept {
             for (int k = 0; k < kValues; ++k) s.partial[warp][k] = values[k];
         }
         __syncthreads();
-        if (warp < kValues) {
-            uint64_t value[1] = {lane < kWarps ? s.partial[lane][warp] : 0};
-            Op::template reduce<1>(value);
-            const int from = p.blocks > 1 ? rank() : 0;
-            if (lane < p.blocks) *Cluster::of(&s.block[turn][from][warp], lane) = value[0];
-        }
+        exchange<Op>(kValues);
         sync();
         if (p.blocks == 1) {
 #pragma unroll
@@ -418,6 +425,93 @@ struct Accept {
             Op::template reduce<kValues>(values);
         }
         turn ^= 1;  // a block is at most one reduction ahead of another
+    }
+
+    // What everything that is not below each of s.bounds weighs, to all blocks' s.block.
+    __device__ void measure_pivots(const Distribution& weights) {
+        if (lane < kPivots) s.partial[warp][lane] = 0;
+        constexpr int kAtOnce = kExactSums / kVector * 32;  // vectors of a warp
+        static_assert(kResident * 32 <= kAtOnce);
+        int from = 0;
+#pragma unroll 1
+        do {
+            Span x = span(row(s.fetched));
+            x.begin += from;
+            x.end = min(x.begin + kAtOnce, x.end);
+            add_pivots(weights, x);
+            from += kAtOnce;
+        } while (!kKeeps && from < p.each);
+        __syncthreads();
+        exchange<Sum>(kPivots);
+        sync();
+    }
+    // The same for a part of a warp's range, to s.partial.
+    __device__ void add_pivots(const Distribution& weights, const Span& x) {
+        float bounds[kPivots], high[kPivots] = {}, low[kPivots] = {};
+#pragma unroll
+        for (int j = 0; j < kPivots; ++j) bounds[j] = s.bounds[j];
+        for_each_from<kKeeps>(bounds[0], x, [&](float v) {
+            const auto [v_high, v_low] = weights.weight_parts(v);
+#pragma unroll
+            for (int j = 0; j < kPivots; ++j) {
+                if (v >= bounds[j]) {
+                    high[j] = f_add(high[j], v_high);
+                    low[j] = f_add(low[j], v_low);
+                }
+            }
+        });
+        uint32_t highs[kPivots], lows[kPivots];
+#pragma unroll
+        for (int j = 0; j < kPivots; ++j) {
+            highs[j] = round_unsigned(f_mul(high[j], 1.0f / 65536));
+            lows[j] = round_signed(low[j]);
+        }
+        // Each step leaves a lane half of the sums, of twice as many lanes.
+#pragma unroll
+        for (int half = kPivots / 2; half > 0; half /= 2) {
+#pragma unroll
+            for (int j = 0; j < half; ++j) {
+                highs[j] = halve(highs[j], highs[j + half], half);
+                lows[j] = halve(lows[j], lows[j + half], half);
+            }
+        }
+        uint64_t sum = (uint64_t(highs[0]) << 16) + int64_t(static_cast<int32_t>(lows[0]));
+#pragma unroll
+        for (int apart = kPivots; apart < 32; apart *= 2) sum += shuffle(sum, lane ^ apart);
+        if (lane < kPivots) s.partial[warp][lane] += sum;
+    }
+    // The sum of this lane's and another's: of a, or in the upper one of the two of b.
+    __device__ uint32_t halve(uint32_t a, uint32_t b, int apart) const {
+        const bool upper = lane & apart;
+        return (upper ? b : a) + __shfl_sync(kAllLanes, upper ? a : b, lane ^ apart);
+    }
+    // Goes on with a search by what measure_pivots() has found. By one warp of each block, all of
+    // which find the same; a lane has a pivot.
+    __device__ void narrow_search(const Distribution& d) {
+        uint64_t sum = 0;
+#pragma unroll 1
+        for (int i = lane / kPivots; i < p.blocks; i += 32 / kPivots)
+            sum += s.block[turn][i][lane % kPivots];
+#pragma unroll
+        for (int apart = kPivots; apart < 32; apart *= 2) sum += shuffle(sum, lane ^ apart);
+        CutoffSearch search = s.search;
+        const uint32_t pivot = s.pivots[lane % kPivots];
+        if (search.limit == 0) search.limit = top_p_limit(r.top_p, shuffle(sum, 0));
+        const int reached = __reduce_add_sync(kAllLanes, sum >= search.limit) / (32 / kPivots);
+        if (reached > 0)
+            search.set_first(__shfl_sync(kAllLanes, pivot, reached - 1), shuffle(sum, reached - 1));
+        if (reached < kPivots)
+            search.set_last(__shfl_sync(kAllLanes, pivot, reached), shuffle(sum, reached));
+        place_pivots(search, d);
+    }
+    __device__ void place_pivots(CutoffSearch search, const Distribution& d) {
+        search.place_pivots(d, p.a.vocab);
+        if (lane < kPivots) {
+            const uint32_t pivot = search.pivot(lane);
+            s.pivots[lane] = pivot;
+            s.bounds[lane] = search.bound(pivot);
+        }
+        if (lane == 0) s.search = search;
     }
 
     // Of all threads of the cluster: argmax_key of a row's greatest logit, where that has no NaN;
@@ -473,9 +567,10 @@ struct Accept {
         return key_and_place[0];
     }
 
-    // What `mode` needs to know of a row. Called by the whole cluster, from one place: it is most
-    // of the code. `exact`: typical acceptance's bound itself is needed, not only what it decides.
-    __device__ Distribution measure(int node, int mode, bool exact) {
+    // What `mode` needs to know of a node's row, to s.dist. Called by the whole cluster, from one
+    // place: it is most of the code. `exact`: typical acceptance's bound itself is needed, not only
+    // what it decides.
+    __device__ void measure(int node, int mode, bool exact) {
         const Span x = span(row(node));
         if (kKeeps && s.fetched != node) fetch(x);
         uint64_t best = greatest(x);
@@ -491,9 +586,7 @@ struct Accept {
         }
         const uint32_t top = static_cast<uint32_t>(best >> 32);
         Distribution d = start_distribution(best, has_nan, key_value(top), r.scale);
-        if constexpr (kGreedyOnly) return d;
-        if (!d.valid || mode == kGreedy) return d;
-        if (mode == kTypical) {
+        if (!kGreedyOnly && d.valid && mode == kTypical) {
             uint64_t sums[2] = {0, 0};  // weights; weights times -log2 of themselves
             float moment = 0.0f;
             for_each<kKeeps>(x, [&](int, float v) {
@@ -523,47 +616,46 @@ struct Accept {
                 all_reduce<Sum>(entropy);
                 set_bound(d, r, static_cast<int64_t>(entropy[0]));
             }
-            return d;
         }
-        constexpr int kDrop = kDropBits<scalar_t>;
+        if (threadIdx.x == 0) {
+            s.dist[node] = d;
+            s.fetched = node;
+        }
+        if (!kGreedyOnly && d.valid && mode == kSampling) cut(s.dist[node]);
+    }
+
+    // Sampling: what top-k, then top-p of what that leaves, keep of the row at hand. A search is in
+    // shared memory, as is d: registers are scarce where rows are summed up.
+    __device__ void cut(Distribution& d) {
 #pragma unroll 1
-        for (int step = 0; step < 2; ++step) {  // top-k, then top-p of what it leaves
+        for (int step = 0; step < 2; ++step) {
             const bool by_count = step == 0;
-            const bool cuts = by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f;
-            const uint64_t limit = !cuts      ? 0
-                                   : by_count ? r.top_k * kWeightOfMax
-                                              : top_p_limit(r.top_p, d.total);
-            const bool alone = cuts && limit <= kWeightOfMax;  // the greatest logit reaches it
-            if (alone) {
-                d.cutoff = top >> kDrop << kDrop;
-            } else if (cuts) {
-                const Distribution counts = by_count ? d.flat() : d;
-                const uint32_t begin = cutoff_begin(d, limit, d.total, p.a.vocab, top, kDrop);
-                d.cutoff = find_cutoff(limit, max(begin, d.cutoff), top, kDrop, &d.total,
-                                       [&](const float* bounds, uint64_t (&sums)[kPivots]) {
-                                           for_each_from<kKeeps>(bounds[0], x, [&](float v) {
-                                               const uint32_t weight = counts.weight(v);
-#pragma unroll
-                                               for (int j = 0; j < kPivots; ++j)
-                                                   sums[j] += v >= bounds[j] ? weight : 0;
-                                           });
-                                           all_reduce<Sum>(sums);
-                                       });
+            __syncthreads();  // d is written, and s.search has been read
+            if (!(by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f)) continue;
+            if (warp == 0) {
+                place_pivots(start_search(d, d.cutoff, by_count ? r.top_k : 0, kDropBits<scalar_t>),
+                             d);
             }
-            if (!by_count && !alone) break;
-            uint64_t total[1] = {0};
-            if (alone) {
-                uint32_t count = 0;
-                for_each_from<kKeeps>(d.max, x, [&](float v) { count += v == d.max; });
-                total[0] = count * kWeightOfMax;
-            } else {
-                for_each_from<kKeeps>(key_value(d.cutoff), x,
-                                      [&](float v) { total[0] += kept_weight(d, false, v); });
+            __syncthreads();
+#pragma unroll 1
+            do {
+                measure_pivots(by_count ? d.flat() : d);
+                if (warp == 0) narrow_search(d);
+                turn ^= 1;
+                __syncthreads();
+            } while (s.search.first < s.search.last);
+            if (threadIdx.x == 0) {
+                d.cutoff = s.search.first << s.search.drop;
+                d.total = s.search.kept;
             }
-            all_reduce<Sum>(total);
-            d.total = total[0];
         }
-        return d;
+        if (!(r.top_p < 1.0f)) {
+            uint64_t total[1] = {0};
+            for_each_from<kKeeps>(key_value(d.cutoff), span(row(s.fetched)),
+                                  [&](float v) { total[0] += kept_weight(d, false, v); });
+            all_reduce<Sum>(total);
+            if (threadIdx.x == 0) d.total = total[0];
+        }
     }
 
     // A token of the kept part of a row, without s.kids' tokens if `removes`, to rank 0's s.next.
@@ -991,12 +1083,8 @@ struct Accept {
                 needed = has(s.inner, node) && s.depth[node] < p.a.max_depth;
             }
             if (needed && !has(s.measured, node)) {
-                const Distribution d = measure(node, mode, p.a.has_seed);
-                if (threadIdx.x == 0) {
-                    s.dist[node] = d;
-                    s.fetched = node;
-                    set_bit(s.measured, node);
-                }
+                measure(node, mode, p.a.has_seed);
+                if (threadIdx.x == 0) set_bit(s.measured, node);
                 __syncthreads();
             }
             if (mode_of_request() == kSampling) {

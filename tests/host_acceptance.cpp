@@ -3,11 +3,14 @@
 //   csrc tests/host_acceptance.cpp
 // Values are checked in test_acceptance.py; here that none leads out of a tensor, and that results
 // are well formed.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "acceptance.h"
 
@@ -139,10 +142,98 @@ void check_functions() {
            "order of logits");
 }
 
+void check_weight_parts() {
+    Distribution d{};
+    d.max = 3.0f, d.scale = 1.7f, d.lowest = -64.0f / 1.7f;
+    for (int i = 0; i < 200000; ++i) {
+        const float x = pick(0, 9) ? 3.0f - static_cast<float>(pick(0, 20000000)) / 1e6f : 3.0f;
+        const auto [high, low] = d.weight_parts(x);
+        expect(double(high) + low == d.weight(x), "parts of a weight");
+        expect(std::fmod(high, 65536.0f) == 0.0f && std::fabs(low) <= 32768.0f, "exact sums");
+    }
+}
+
+// How many rounds a search takes, which ends at the logit with which the sum reaches the limit.
+template <typename scalar_t>
+int rounds_of(std::vector<float> row, float top_p, int top_k) {
+    for (float& x : row) {
+        if constexpr (std::is_same_v<scalar_t, bf16_t>) {
+            const uint32_t bits = float_bits(x);
+            x = bits_float((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u);
+        }
+    }
+    std::sort(row.begin(), row.end(), std::greater<float>());
+    const int vocab = static_cast<int>(row.size());
+    const Distribution d = start_distribution(argmax_key(row[0], 0), false, row[0], kLog2E);
+    const Distribution weights = top_k > 0 ? d.flat() : d;
+    std::vector<uint64_t> upto(vocab + 1);
+    for (int i = 0; i < vocab; ++i) upto[i + 1] = upto[i] + weights.weight(row[i]);
+    const auto search =
+        find_cutoff(start_search(d, 0, top_k, kDropBits<scalar_t>), d, vocab, top_p,
+                    [&](const float* bounds, uint64_t* sums) {
+                        for (int j = 0; j < kPivots; ++j) {
+                            const auto below = std::partition_point(
+                                row.begin(), row.end(), [&](float x) { return x >= bounds[j]; });
+                            sums[j] = upto[below - row.begin()];
+                        }
+                    });
+    const auto end = std::lower_bound(upto.begin(), upto.end(), search.limit);
+    expect(end != upto.end(), "a limit that is reached");
+    const float least = row[end - upto.begin() - 1];
+    expect(search.first == order_key(least) >> search.drop, "the cutoff is the least logit kept");
+    const auto rest =
+        std::partition_point(row.begin(), row.end(), [&](float x) { return x >= least; });
+    expect(search.kept == upto[rest - row.begin()], "what is kept");
+    return search.round + 1;
+}
+
+template <typename F>
+void check_rounds(const char* name, F&& logit, int most_bf16, int most_fp32, int top_k = 0) {
+    int worst[2] = {0, 0};
+    double mean[2] = {0, 0};
+    constexpr int kRows = 4;
+    for (int i = 0; i < kRows; ++i) {
+        for (int vocab : {32000, 128256}) {
+            std::vector<float> row(vocab);
+            for (int j = 0; j < vocab; ++j) row[j] = logit(j);
+            for (float top_p : {0.9f, 0.5f}) {
+                const int rounds[2] = {rounds_of<bf16_t>(row, top_p, top_k),
+                                       rounds_of<float>(row, top_p, top_k)};
+                for (int type = 0; type < 2; ++type) {
+                    worst[type] = std::max(worst[type], rounds[type]);
+                    mean[type] += rounds[type] / (4.0 * kRows);
+                }
+            }
+        }
+    }
+    std::printf("%-28s rounds in bf16 %4.1f, %d at most; in fp32 %4.1f, %d\n", name, mean[0],
+                worst[0], mean[1], worst[1]);
+    expect(worst[0] <= most_bf16 && worst[1] <= most_fp32, name);
+}
+
+// The first round also finds what everything weighs.
+void check_searches() {
+    std::normal_distribution<float> normal;
+    const auto peaked = [&](int i) { return i == 7 ? 14.0f : normal(rng); };
+    check_rounds("one likely, a flat tail", peaked, 3, 10);
+    check_rounds("normal", [&](int) { return normal(rng); }, 4, 10);
+    check_rounds("normal, sigma 3", [&](int) { return 3 * normal(rng); }, 3, 10);
+    check_rounds("normal, sigma 8", [&](int) { return 8 * normal(rng); }, 3, 12);
+    check_rounds("uniform", [&](int i) { return static_cast<float>(i) * 8e-5f - 5; }, 4, 10);
+    check_rounds("power law", [&](int i) { return -std::log(static_cast<float>(i + 1)); }, 4, 10);
+    check_rounds("few values", [&](int) { return std::round(normal(rng)); }, 10, 15);
+    check_rounds("all equal", [&](int) { return -2.5f; }, 1, 1);
+    check_rounds("one-hot", [&](int i) { return i == 7 ? 10.0f : 0.0f; }, 10, 15);
+    check_rounds("top-k of a flat tail", peaked, 4, 12, 50);
+    check_rounds("top-k of few values", [&](int) { return std::round(normal(rng)); }, 10, 15, 50);
+}
+
 }  // namespace
 
 int main() {
     check_functions();
+    check_weight_parts();
+    check_searches();
     for (int i = 0; i < 3000; ++i) {
         run_case<float>();
         run_case<bf16_t>();

@@ -73,8 +73,14 @@ host_t make(float x) {
 
 template <typename scalar_t, typename host_t, bool kKeeps>
 void run_case(int mode, const Launch& x) {
-    const int batch = chance(25) ? 2 : 1, size = chance(10) ? pick(64, 70) : pick(1, 14);
-    const int vocab = chance(30) ? pick(1, 40) : pick(100, 3000), stride = vocab + pick(0, 5);
+    // A row of which a thread sums up more than is exact at once.
+    const bool is_long = !kKeeps && mode == kSampling && x.width * x.groups == 1;
+    const int batch = chance(25) ? 2 : 1;
+    const int size = is_long ? 2 : chance(10) ? pick(64, 70) : pick(1, 14);
+    const int vocab = is_long      ? gpu::kThreads * kExactSums + pick(1, 9999)
+                      : chance(30) ? pick(1, 40)
+                                   : pick(100, 3000);
+    const int stride = vocab + pick(0, 5);
     const int64_t skew = pick(0, 7);
 
     std::vector<int32_t> parents(size, -1), depths(size, 0);
@@ -140,7 +146,7 @@ void run_case(int mode, const Launch& x) {
     a.eos_value[0] = tokens[pick(0, size - 1)];
     a.has_seed = mode == kSampling || chance(50);
     a.seed = static_cast<int64_t>(rng());
-    const uint64_t offset = chance(50) ? 5 : 0;
+    const uint64_t offset = chance(50) || x.width > 1 ? 5 : 0;
 
     if (mode == kTypical && size > 1 && chance(75)) {
         // Alpha so that the bound lies at a child's probability, where only the exact entropy
