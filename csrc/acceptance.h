@@ -436,15 +436,16 @@ struct CutoffSearch {
     }
 };
 
-// For top-k's cutoff, or without `top_k` top-p's, among what has a weight and is not below key
-// `low`.
-MK_HD CutoffSearch start_search(const Distribution& d, uint32_t low, int top_k, int drop) {
+// Among what has a weight and is not below key `low`. `limit` 0: top-p's, as yet unknown.
+MK_HD CutoffSearch start_search(const Distribution& d, uint32_t low, uint64_t limit, int drop) {
     const uint32_t least = order_key(f_add(d.max, f_div(-34.0f, d.scale)));
     CutoffSearch search{};
     search.round = -1;
-    search.limit = top_k * kWeightOfMax;
-    search.first = (low > least ? low : least) >> drop;
+    search.limit = limit;
     search.last = order_key(d.max) >> drop;
+    search.first = (low > least ? low : least) >> drop;
+    // The maximum alone reaches it: one round, of what is near the maximum, counts its equals.
+    if (limit > 0 && limit <= kWeightOfMax) search.first = search.last - 1;
     search.drop = drop;
     return search;
 }
@@ -683,8 +684,8 @@ class SerialAcceptance {
         const auto cut = [&](int top_k) {
             const Distribution counts = top_k > 0 ? d.flat() : d;
             const CutoffSearch search =
-                find_cutoff(start_search(d, d.cutoff, top_k, kDropBits<scalar_t>), d, a_.vocab,
-                            r_.top_p, [&](const float* bounds, uint64_t* sums) {
+                find_cutoff(start_search(d, d.cutoff, top_k * kWeightOfMax, kDropBits<scalar_t>), d,
+                            a_.vocab, r_.top_p, [&](const float* bounds, uint64_t* sums) {
                                 for (int i = 0; i < a_.vocab; ++i) {
                                     const float v = to_float(x[i]);
                                     const uint32_t weight = counts.weight(v);

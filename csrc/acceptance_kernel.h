@@ -627,14 +627,28 @@ struct Accept {
     // Sampling: what top-k, then top-p of what that leaves, keep of the row at hand. A search is in
     // shared memory, as is d: registers are scarce where rows are summed up.
     __device__ void cut(Distribution& d) {
+        // A thread with many logits adds them up first: that is a third of a search's round, and
+        // often shows that the maximum alone is kept.
+        const bool is_long = !kKeeps || p.each * kVector > 32 * 32;
 #pragma unroll 1
         for (int step = 0; step < 2; ++step) {
             const bool by_count = step == 0;
+            const bool cuts = by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f;
             __syncthreads();  // d is written, and s.search has been read
-            if (!(by_count ? r.top_k > 0 && r.top_k < p.a.vocab : r.top_p < 1.0f)) continue;
+            if (!by_count && (is_long || !cuts)) {
+                uint64_t total[1] = {0};
+                for_each_from<kKeeps>(key_value(d.cutoff), span(row(s.fetched)),
+                                      [&](float v) { total[0] += kept_weight(d, false, v); });
+                all_reduce<Sum>(total);
+                if (threadIdx.x == 0) d.total = total[0];
+                __syncthreads();
+            }
+            if (!cuts) continue;
             if (warp == 0) {
-                place_pivots(start_search(d, d.cutoff, by_count ? r.top_k : 0, kDropBits<scalar_t>),
-                             d);
+                const uint64_t limit = by_count  ? r.top_k * kWeightOfMax
+                                       : is_long ? top_p_limit(r.top_p, d.total)
+                                                 : 0;
+                place_pivots(start_search(d, d.cutoff, limit, kDropBits<scalar_t>), d);
             }
             __syncthreads();
 #pragma unroll 1
@@ -648,13 +662,6 @@ struct Accept {
                 d.cutoff = s.search.first << s.search.drop;
                 d.total = s.search.kept;
             }
-        }
-        if (!(r.top_p < 1.0f)) {
-            uint64_t total[1] = {0};
-            for_each_from<kKeeps>(key_value(d.cutoff), span(row(s.fetched)),
-                                  [&](float v) { total[0] += kept_weight(d, false, v); });
-            all_reduce<Sum>(total);
-            if (threadIdx.x == 0) d.total = total[0];
         }
     }
 

@@ -169,7 +169,7 @@ int rounds_of(std::vector<float> row, float top_p, int top_k) {
     std::vector<uint64_t> upto(vocab + 1);
     for (int i = 0; i < vocab; ++i) upto[i + 1] = upto[i] + weights.weight(row[i]);
     const auto search =
-        find_cutoff(start_search(d, 0, top_k, kDropBits<scalar_t>), d, vocab, top_p,
+        find_cutoff(start_search(d, 0, top_k * kWeightOfMax, kDropBits<scalar_t>), d, vocab, top_p,
                     [&](const float* bounds, uint64_t* sums) {
                         for (int j = 0; j < kPivots; ++j) {
                             const auto below = std::partition_point(

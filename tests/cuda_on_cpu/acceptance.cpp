@@ -73,11 +73,11 @@ host_t make(float x) {
 
 template <typename scalar_t, typename host_t, bool kKeeps>
 void run_case(int mode, const Launch& x) {
-    // A row of which a thread sums up more than is exact at once.
-    const bool is_long = !kKeeps && mode == kSampling && x.width * x.groups == 1;
+    // A row of which a thread has many logits, or more than it may sum up at once.
+    const bool is_long = mode == kSampling && x.width * x.groups == 1;
     const int batch = chance(25) ? 2 : 1;
     const int size = is_long ? 2 : chance(10) ? pick(64, 70) : pick(1, 14);
-    const int vocab = is_long      ? gpu::kThreads * kExactSums + pick(1, 9999)
+    const int vocab = is_long      ? gpu::kThreads * (kKeeps ? 32 : kExactSums) + pick(1, 9999)
                       : chance(30) ? pick(1, 40)
                                    : pick(100, 3000);
     const int stride = vocab + pick(0, 5);
