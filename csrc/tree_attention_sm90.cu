@@ -10,6 +10,10 @@
 // sequence, committed tokens then nodes; a tile with nodes has a word of bits for each row, which
 // is the only mask there is.
 //
+// Tiles of an fp8 cache are converted to fp16 on their way, by two warpgroups, one for K and one
+// for V, which copy them with cp.async; two warpgroups compute, on 64 rows each or, where a block
+// has 64 rows in all, on tiles in turn.
+//
 // A warpgroup keeps Q in registers and takes the softmax of tile j while the tensor cores work on
 // the scores of tile j + 1 and on the probabilities of tile j - 1 with V. The maximum that a row's
 // exponents refer to moves only when it falls behind by more than 2^8 (FlashAttention-4), so the
@@ -51,28 +55,45 @@ __device__ uint32_t split_arrivals[2 * kArrivals];
 constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
 constexpr int kHalfBytes = 128 * kKeys;  // 64 dims of a tile
 
-template <typename T_, int kDim_, int kGroups_>
+// T: of q, k, v and the results. Fp8: the cache's; its tiles are converted to fp16, which holds
+// e4m3 exactly.
+template <typename T_, int kDim_, int kGroups_, bool kFp8_>
 struct Config {
     using T = T_;
+    static constexpr bool kFp8 = kFp8_;
+    using Operand = std::conditional_t<kFp8, __half, T>;  // of the tensor cores
+    using Cached = std::conditional_t<kFp8, uint8_t, T>;
     static constexpr int kDim = kDim_;
-    static constexpr int kGroups = kGroups_;  // warpgroups that compute
+    static constexpr int kGroups = kGroups_;  // of 64 rows
     static constexpr int kRows = 64 * kGroups;
     static constexpr bool kStay = kGroups == 2;  // more would not fit a small block's registers
-    static constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+    // Warpgroups that compute. Two that share 64 rows take tiles in turn: one alone would be slower
+    // than half of the bytes.
+    static constexpr int kComputing = kFp8 ? 2 : kGroups;
+    static constexpr bool kShares = kComputing > kGroups;
+    static constexpr int kStep = kShares ? 2 : 1;    // from a warpgroup's tile to its next one
+    static constexpr int kProducers = kFp8 ? 2 : 1;  // for fp8, of K and of V
+    static constexpr int kThreads = (kComputing + kProducers) * kGroupThreads;
     // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
-    static constexpr int kBlocks = kGroups == 1 ? 2 : 1;
-    // A thread's, of 64 Ki; at entry all have as many. A producer with fewer would spill.
-    static constexpr int kConsumerRegisters = kGroups == 1 ? 208 : 224;
-    static constexpr int kProducerRegisters = kGroups == 1 ? 48 : 56;
+    static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
+    // A thread's; at entry all have as many, and none grows beyond what another has given away.
+    static constexpr int kEntryRegisters = 65536 / kBlocks / kThreads / 8 * 8;
+    static constexpr int kConsumerRegisters = kEntryRegisters == 128 ? 208 : 224;
+    static constexpr int kProducerRegisters = kEntryRegisters == 128 ? 48 : 56;
+    static_assert(kComputing * kConsumerRegisters + kProducers * kProducerRegisters <=
+                  (kComputing + kProducers) * kEntryRegisters);
     static constexpr int kTileBytes = kKeys * kDim * 2;
-    static constexpr int kStages = (kGroups == 1 ? 3 : 6) * (kDim == 64 ? 2 : 1);
+    static constexpr int kStages = (kFp8 ? 5 : kGroups == 1 ? 3 : 6) * (kDim == 64 ? 2 : 1);
+    static constexpr int kRawStages = kFp8 ? 3 : 0;  // of tiles of K and V as they come
 
     // Shared memory, from a multiple of 1024 on.
-    static constexpr int kV = kStages * kTileBytes;             // after K
-    static constexpr int kBarriers = 2 * kStages * kTileBytes;  // full K, full V, free K, free V
-    static constexpr int kNext = kBarriers + 4 * kStages * 8;   // `Next`
+    static constexpr int kV = kStages * kTileBytes;  // after K
+    static constexpr int kRaw = 2 * kStages * kTileBytes;
+    static constexpr int kBarriers = kRaw + kRawStages * kTileBytes;  // full K, V, free K, V
+    static constexpr int kNext = kBarriers + 4 * kStages * 8;         // `Next`
     static constexpr int kSharedBytes = kNext + 24 + 1024;
-    static_assert(kStages >= 3);  // the producer hands over K and V of a tail tile together
+    // A warpgroup still has V of its last tile when it waits for K of its next one.
+    static_assert(kStages >= 2 * kStep + 1);
     static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024);
 };
 
@@ -125,9 +146,11 @@ struct Ring {
     int stage = 0;
     uint32_t phase = 0;
 
+    template <int kStep = 1>
     __device__ __forceinline__ void advance() {
-        if (++stage == kStages) {
-            stage = 0;
+        stage += kStep;
+        if (stage >= kStages) {
+            stage -= kStages;
             phase ^= 1;
         }
     }
@@ -167,13 +190,15 @@ struct Next {
 template <typename C>
 struct Producer {
     using T = typename C::T;
-    static constexpr int kUnits = C::kDim / 8;            // of 16 bytes in a row
-    static constexpr int kPass = kGroupThreads / kUnits;  // rows copied at once
+    using Cached = typename C::Cached;
+    static constexpr int kElements = 16 / sizeof(Cached);  // of a unit of 16 bytes
+    static constexpr int kUnits = C::kDim / kElements;     // of a row
+    static constexpr int kPass = kGroupThreads / kUnits;   // rows copied at once
 
     const AttentionParams& p;
     Work w;
     uint32_t shared, barriers;
-    int thread;
+    int index, thread;
     Next next;
     const int32_t* table = nullptr;  // of this request
     Ring<C::kStages> ring = {};
@@ -188,23 +213,25 @@ struct Producer {
     }
 
     // One warp: every lane a box, [1 << box_shift] slots of 64 dims. Of a pair of blocks, each
-    // copies every second box to both.
+    // copies every second box to both. Lane l looks up the page of the l-th of the next 32 boxes.
     __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map,
                                                  const CUtensorMap& v_map) {
         const int boxes = kKeys >> p.box_shift;  // of 64 dims of a tile
         const int box = thread & (boxes - 1), half = thread / boxes;
         const bool copies = half < C::kDim / 64 && (!p.pair || (box ^ blockIdx.x) % 2 == 0);
         const int end = min(w.cached, w.hi);
-        const auto slot_of = [&](int tile) { return tile * kKeys + (box << p.box_shift); };
-        int slot = slot_of(w.lo);
-        int block = w.batch;
-        if (table && w.lo < end) block = page(slot);
+        int pages = 0, slot = w.lo * kKeys + (box << p.box_shift);
 #pragma unroll 1
         for (int tile = w.lo; tile < end; ++tile) {
-            const int inside = table ? slot & ((1 << p.page_shift) - 1) : slot;
-            const int block_now = block;
-            slot = slot_of(tile + 1);
-            if (table && tile + 1 < end) block = page(slot);  // comes while this tile is copied
+            int inside = slot, block = w.batch;
+            if (table) {
+                const int first = (tile - w.lo) * boxes % 32;
+                const int looked_up = tile * kKeys + (thread << p.box_shift);
+                if (first == 0 && looked_up < end * kKeys) pages = page(looked_up);
+                inside &= (1 << p.page_shift) - 1;
+                block = __shfl_sync(~0u, pages, first + box);
+            }
+            slot += kKeys;
             const uint32_t to = shared + ring.stage * C::kTileBytes + half * kHalfBytes +
                                 (box << p.box_shift) * 128;
 #pragma unroll
@@ -213,8 +240,8 @@ struct Producer {
                 if (thread == 0) barrier_expect(full(v), C::kTileBytes);
                 __syncwarp();
                 if (copies) {
-                    copy_box(to + v * C::kV, v ? v_map : k_map, half * 64, inside, w.head_kv,
-                             block_now, full(v), p.pair);
+                    copy_box(to + v * C::kV, v ? v_map : k_map, half * 64, inside, w.head_kv, block,
+                             full(v), p.pair);
                 }
             }
             // All blocks fill their rings at once: where matrix products bound, what is needed
@@ -224,20 +251,20 @@ struct Producer {
         }
     }
 
-    // Where 8 dims of a slot lie.
+    // Where a unit of a slot lies.
     __device__ __forceinline__ int64_t place(const RowStrides& s, int slot) const {
         int64_t block = w.batch;
         if (table) {
             block = page(slot);
             slot &= (1 << p.page_shift) - 1;
         }
-        return block * s.block + slot * s.slot + w.head_kv * s.head + thread % kUnits * 8;
+        return block * s.block + slot * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
 
     __device__ __forceinline__ const T* new_row(int v, int slot) const {
         const RowStrides& s = p.new_strides[v];
         return static_cast<const T*>(p.new_rows[v]) + w.batch * s.block +
-               (slot - w.length) * s.slot + w.head_kv * s.head + thread % kUnits * 8;
+               (slot - w.length) * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
 
     __device__ __forceinline__ void copy_tail(int v, int start) const {
@@ -269,8 +296,111 @@ struct Producer {
         }
     }
 
+    // ---- of an fp8 cache: each thread copies its units of K or V and converts them some tiles
+    // later ----
+
+    __device__ __forceinline__ uint32_t raw(int v, int stage) const {
+        return shared + C::kRaw + stage * C::kTileBytes + v * (C::kTileBytes / 2) + thread * 16;
+    }
+
+    __device__ __forceinline__ void copy_raw(int v, int tile, int stage) const {
+        if (tile < w.hi) {
+            const RowStrides& s = p.strides[v];
+            const Cached* cache = static_cast<const Cached*>(p.cache[v]) + w.head_kv * s.head +
+                                  thread % kUnits * kElements;
+#pragma unroll
+            for (int i = 0; i < kKeys / kPass; ++i) {
+                const int slot = tile * kKeys + i * kPass + thread / kUnits;
+                int block = w.batch, inside = min(slot, w.keys - 1);
+                if (table) {
+                    block = page(inside);
+                    inside &= (1 << p.page_shift) - 1;
+                }
+                copy_16_bytes(raw(v, stage) + i * kGroupThreads * 16,
+                              cache + block * s.block + int64_t(inside) * static_cast<int>(s.slot),
+                              slot < (p.new_rows[v] ? w.length : w.keys));
+            }
+        }
+        commit_copies();
+    }
+
+    // A unit of an appended row, as the cache takes it.
+    __device__ __forceinline__ uint4 rounded(int v, int slot) const {
+        const float scale = p.scales[v] ? p.scales[v][w.head_kv * p.scale_stride] : 1.0f;
+        const T* from = new_row(v, slot);
+        uint4 x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float f[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) f[j] = float(from[i * 4 + j]) / scale;
+            (&x.x)[i] = pack_e4m3(f[0], f[1], f[2], f[3]);
+        }
+        return x;
+    }
+
+    // Puts what this call appends into a tile's raw memory, and into the cache.
+    __device__ __forceinline__ void append_raw(int v, int tile, int stage) const {
+#pragma unroll 1
+        for (int i = 0; i < kKeys / kPass; ++i) {
+            const int slot = tile * kKeys + i * kPass + thread / kUnits;
+            if (slot < w.length || slot >= w.keys) continue;
+            const uint4 x = rounded(v, slot);
+            store_shared(raw(v, stage) + i * kGroupThreads * 16, x);
+            if (w.first_row == 0) {  // nobody reads its slot there in this launch
+                Cached* cache = static_cast<Cached*>(p.cache[v]);
+                *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot)) = x;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void convert(int v, int stage) const {
+        const int row = thread / kUnits, unit = thread % kUnits * 2;  // of the two that it becomes
+        const uint32_t from = raw(v, stage);
+        const uint32_t tile = shared + v * C::kV + ring.stage * C::kTileBytes;
+        const uint32_t to = tile + unit / 8 * kHalfBytes + row * 128;
+        const uint32_t at[2] = {to + ((unit ^ row) & 7) * 16, to + ((unit + 1 ^ row) & 7) * 16};
+#pragma unroll
+        for (int i = 0; i < kKeys / kPass; i += 2) {
+            uint4 x[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) x[k] = load_shared_4(from + (i + k) * kGroupThreads * 16);
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const uint2 y[4] = {unpack_e4m3(x[k].x), unpack_e4m3(x[k].y), unpack_e4m3(x[k].z),
+                                    unpack_e4m3(x[k].w)};
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    store_shared(at[j] + (i + k) * kPass * 128,
+                                 {y[2 * j].x, y[2 * j].y, y[2 * j + 1].x, y[2 * j + 1].y});
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void row_block_fp8(int v) {
+        sync_threads(3 + v, kGroupThreads);  // all know which row block it is
+#pragma unroll 1
+        for (int i = 0; i < C::kRawStages; ++i) copy_raw(v, w.lo + i, i);
+        int stage = 0;
+#pragma unroll 1
+        for (int tile = w.lo; tile < w.hi; ++tile) {
+            wait_copies<C::kRawStages - 1>();
+            if (p.new_rows[v] && tile >= w.whole) append_raw(v, tile, stage);
+            barrier_wait(free(v), ring.phase ^ 1);
+            convert(v, stage);
+            fence_for_wgmma();
+            sync_threads(3 + v, kGroupThreads);
+            if (thread == 0) barrier_arrive(full(v));
+            copy_raw(v, tile + C::kRawStages, stage);
+            stage = stage + 1 == C::kRawStages ? 0 : stage + 1;
+            ring.advance();
+        }
+    }
+
     __device__ __forceinline__ void row_block(const CUtensorMap& k_map, const CUtensorMap& v_map) {
         if (p.block_table) table = p.block_table + w.batch * p.table_stride;
+        if constexpr (C::kFp8) return row_block_fp8(index);
         if (thread < 32) {
             cached_tiles(k_map, v_map);
         } else {
@@ -284,7 +414,7 @@ struct Producer {
                 barrier_wait(free(v), ring.phase ^ 1);
                 copy_tail(v, tile * kKeys);
             }
-            wait_copies();
+            wait_copies<0>();
             fence_for_wgmma();
             sync_threads<1, kGroupThreads>();
             if (thread == 0) {
@@ -301,16 +431,20 @@ struct Producer {
 
     __device__ __forceinline__ void run(const CUtensorMap& k_map, const CUtensorMap& v_map) {
         row_block(k_map, v_map);
-        if (!C::kStay || !p.items) return;
-#pragma unroll 1
-        for (;;) {
-            if (thread == 0) next.draw();
-            __syncwarp();  // who waits at a barrier first would hold up the thread that draws
-            const int item = next.take();
-            if (item >= p.items) break;
-            w.set_rows<C>(p, item);
-            w.set_tiles(p);
-            row_block(k_map, v_map);
+        if constexpr (C::kStay) {
+            while (p.items) {
+                if (thread == 0 && (C::kProducers == 1 || index == 0)) next.draw();
+                __syncwarp();  // who waits at a barrier first would hold up the thread that draws
+                const int item = next.take();
+                if (C::kProducers > 1 && index > 0) {
+                    __syncwarp();
+                    if (thread % 32 == 0) barrier_arrive(next.free());
+                }
+                if (item >= p.items) break;
+                w.template set_rows<C>(p, item);
+                w.set_tiles(p);
+                row_block(k_map, v_map);
+            }
         }
     }
 };
@@ -330,18 +464,25 @@ __device__ __forceinline__ RowPlace row_place(const AttentionParams& p, const Wo
             (int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node};
 }
 
+// Of an fp8 cache.
+__device__ __forceinline__ float scale_of_values(const AttentionParams& p, const Work& w) {
+    return p.scales[1] ? p.scales[1][w.head_kv * p.scale_stride] : 1.0f;
+}
+
 // ---- consumer ----
 
 template <typename C>
 struct Consumer {
     using T = typename C::T;
+    using Operand = typename C::Operand;
     static constexpr int kDim = C::kDim;
+    static constexpr int kOut = kDim / 2 / C::kStep;  // results that a thread is left with
 
     const AttentionParams& p;
     Work w;
     uint32_t shared, barriers;
     uint32_t free_barriers;  // those at which this lane arrives
-    int lane;
+    int group, lane;
     Next next;
     Ring<C::kStages> k_ring = {}, v_ring = {};
 
@@ -352,11 +493,13 @@ struct Consumer {
     // Of both rows: what exponents, in base 2, refer to; how far scores may exceed that, or -inf
     // while no key is seen; the sum of this thread's columns.
     float base[2], limit[2], sum[2];
+    float scale[2];    // of the rows' scores
     uint64_t word[2];  // the rows' first masks
 
     // Row i of this thread, 0 or 1, in the block.
     __device__ __forceinline__ int row(int i) const {
-        return int(threadIdx.x) / 32 * 16 + lane / 4 + i * 8;
+        const int warp = int(threadIdx.x) / 32;
+        return (C::kShares ? warp % 4 : warp) * 16 + lane / 4 + i * 8;
     }
 
     // Of row i: what its sum refers to, -inf if that is empty.
@@ -383,6 +526,35 @@ struct Consumer {
                     q[k][2 * j + i] =
                         ok ? *reinterpret_cast<const uint32_t*>(from + k * 16 + j * 8) : 0;
                 }
+            }
+            scale[i] = p.scale;
+        }
+        if constexpr (C::kFp8) narrow_q();
+    }
+
+    // Q as fp16: rows of bfloat16, which may exceed that, times powers of two that the scale of
+    // their scores makes up for.
+    __device__ __forceinline__ void narrow_q() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (p.scales[0]) scale[i] *= p.scales[0][w.head_kv * p.scale_stride];
+            if constexpr (std::is_same_v<T, __half>) continue;
+            uint32_t top = 0;  // the greatest exponent
+#pragma unroll
+            for (int k = 0; k < kDim / 8; ++k) {
+                const uint32_t x = q[k / 2][k % 2 * 2 + i];
+                top = max(top, max(x & 0x7f80, x >> 16 & 0x7f80));
+            }
+            top = max(top, __shfl_xor_sync(~0u, top, 1));
+            top = max(top, __shfl_xor_sync(~0u, top, 2));
+            top = min(max(top >> 7, 1), 253);
+            const float factor = __uint_as_float((254 - top) << 23);
+            scale[i] *= __uint_as_float(top << 23);
+#pragma unroll
+            for (int k = 0; k < kDim / 8; ++k) {
+                uint32_t& x = q[k / 2][k % 2 * 2 + i];
+                x = pack<__half>(__uint_as_float(x << 16) * factor,
+                                 __uint_as_float(x & 0xffff0000) * factor);
             }
         }
     }
@@ -412,10 +584,11 @@ struct Consumer {
         pin(scores[kNow]);
         wgmma_begin();
         // A step of 16 dims is 32 bytes of a row; places count in 16.
-        wgmma<T, false, false>(scores[kNow], q[0], k);
+        wgmma<Operand, false, false>(scores[kNow], q[0], k);
 #pragma unroll
         for (int i = 1; i < kDim / 16; ++i) {
-            wgmma<T, false, true>(scores[kNow], q[i], k + i / 4 * (kHalfBytes / 16) + i % 4 * 2);
+            wgmma<Operand, false, true>(scores[kNow], q[i],
+                                        k + i / 4 * (kHalfBytes / 16) + i % 4 * 2);
         }
         wgmma_commit();
     }
@@ -429,7 +602,7 @@ struct Consumer {
         wgmma_begin();
 #pragma unroll
         for (int i = 0; i < kKeys / 16; ++i) {  // 16 keys are 2048 bytes
-            wgmma<T, true, true>(out, probs[i], v + i * (2048 / 16));
+            wgmma<Operand, true, true>(out, probs[i], v + i * (2048 / 16));
         }
         wgmma_commit();
     }
@@ -487,7 +660,8 @@ struct Consumer {
     // only where the reference moves.
     __device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], float (&shrink)[2]) {
 #pragma unroll
-        for (int j = 0; j < kKeys / 2; ++j) s[j] = fmaf(s[j], p.scale, -base[j / 2 % 2]);
+        for (int j = 0; j < kKeys / 2; ++j)
+            s[j] = fmaf(s[j], C::kFp8 ? scale[j / 2 % 2] : p.scale, -base[j / 2 % 2]);
         float top[2] = {greatest(s, 0), greatest(s, 1)};
         const bool moves = __any_sync(~0u, top[0] > limit[0] || top[1] > limit[1]);
         if (moves) {
@@ -525,11 +699,11 @@ struct Consumer {
     // next tile's scores.
     template <int kNow, bool kFirst, bool kMask>
     __device__ __forceinline__ void step(int tile) {
-        const bool more = tile + 1 < w.hi, k_full = is_full(0, k_ring);
+        const bool more = tile + C::kStep < w.hi, k_full = is_full(0, k_ring);
         if constexpr (!kFirst) begin_out();
         begin_scores<1 - kNow>(more && !k_full);
         const Ring<C::kStages> v_now = v_ring;
-        if constexpr (!kFirst) v_ring.advance();
+        if constexpr (!kFirst) v_ring.template advance<C::kStep>();
         const bool v_full = is_full(1, v_ring);  // the next product's
 
         if (kMask && tile >= w.whole) hide(scores[kNow], tile);
@@ -545,7 +719,7 @@ struct Consumer {
         if constexpr (!kFirst) arrive_free(1, v_now);
         if (more) {
             arrive_free(0, k_ring);
-            k_ring.advance();
+            k_ring.template advance<C::kStep>();
         }
         if (!kFirst && moves) rescale(shrink);
         pack_probs(scores[kNow]);
@@ -559,7 +733,7 @@ struct Consumer {
     __device__ __forceinline__ void pack_probs(const float (&s)[kKeys / 2]) {
 #pragma unroll
         for (int i = 0; i < kKeys / 4; ++i) {
-            probs[i / 4][i % 4] = pack<T>(s[i * 2], s[i * 2 + 1]);
+            probs[i / 4][i % 4] = pack<Operand>(s[i * 2], s[i * 2 + 1]);
         }
     }
 
@@ -572,24 +746,25 @@ struct Consumer {
             limit[i] = -INFINITY;
             base[i] = sum[i] = 0.0f;
         }
-        if (w.lo < w.hi) {
+        int tile = w.lo + (C::kShares ? group : 0);
+        if (tile < w.hi) {
             begin_scores<0>(true);
             wgmma_wait<0>();
             pin(scores[0]);
             arrive_free(0, k_ring);
-            k_ring.advance();
-            int tile = w.lo;
-            step<0, true, true>(tile++);
+            k_ring.template advance<C::kStep>();
+            step<0, true, true>(tile);
+            tile += C::kStep;
             // Most tiles hold committed tokens alone: their loop has no code for masks. Not worth
             // reading where it runs a few times.
-            const int whole = w.hi - w.lo > 8 ? min(w.hi, w.whole) : 0;
+            const int whole = w.hi - tile > 7 * C::kStep ? min(w.hi, w.whole) : 0;
 #pragma unroll 1
-            for (; tile + 1 < whole; tile += 2) {
+            for (; tile + C::kStep < whole; tile += 2 * C::kStep) {
                 step<1, false, false>(tile);
-                step<0, false, false>(tile + 1);
+                step<0, false, false>(tile + C::kStep);
             }
 #pragma unroll 1
-            for (; tile < w.hi; ++tile) {
+            for (; tile < w.hi; tile += C::kStep) {
                 step<1, false, true>(tile);
 #pragma unroll
                 for (int i = 0; i < kKeys / 2; ++i) scores[1][i] = scores[0][i];
@@ -598,7 +773,58 @@ struct Consumer {
             wgmma_wait<0>();
             pin(out);
             arrive_free(1, v_ring);
-            v_ring.advance();
+            v_ring.template advance<C::kStep>();
+        }
+        if constexpr (C::kShares) join();
+    }
+
+    // Two warpgroups that share rows: each gives the other what it has of one half of the dims, and
+    // is left with the other half, in the first half of `out`.
+    __device__ __forceinline__ void join() {
+        constexpr int kGiven = kOut / 4;  // of 16 bytes
+        const int thread = threadIdx.x % kGroupThreads;
+        const auto place = [&](int of, int i) {
+            return shared + ((of * (kGiven + 1) + i) * kGroupThreads + thread) * 16;
+        };
+        const auto give = [&](const float* from) {
+#pragma unroll
+            for (int i = 0; i < kOut; i += 4) {
+                store_shared(place(group, i / 4),
+                             {__float_as_uint(from[i]), __float_as_uint(from[i + 1]),
+                              __float_as_uint(from[i + 2]), __float_as_uint(from[i + 3])});
+            }
+        };
+        sync_threads<2, 2 * kGroupThreads>();  // the tiles' memory is free
+        const float mine[2] = {reference(0), reference(1)};
+        store_shared(place(group, kGiven), {__float_as_uint(mine[0]), __float_as_uint(mine[1]),
+                                            __float_as_uint(sum[0]), __float_as_uint(sum[1])});
+        if (group == 0) {
+            give(out + kOut);
+        } else {
+            give(out);
+#pragma unroll
+            for (int i = 0; i < kOut; ++i) out[i] = out[kOut + i];
+        }
+        sync_threads<2, 2 * kGroupThreads>();
+        const uint4 other = load_shared_4(place(1 - group, kGiven));
+        const float its[2] = {__uint_as_float(other.x), __uint_as_float(other.y)};
+        const float its_sum[2] = {__uint_as_float(other.z), __uint_as_float(other.w)};
+        float keep[2], add[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            limit[i] = fmaxf(mine[i], its[i]);
+            base[i] = limit[i] == -INFINITY ? 0.0f : limit[i];
+            keep[i] = exp2_approx(mine[i] - base[i]);
+            add[i] = exp2_approx(its[i] - base[i]);
+            sum[i] = fmaf(its_sum[i], add[i], sum[i] * keep[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < kOut; i += 4) {
+            const uint4 x = load_shared_4(place(1 - group, i / 4));
+            out[i] = fmaf(__uint_as_float(x.x), add[0], out[i] * keep[0]);
+            out[i + 1] = fmaf(__uint_as_float(x.y), add[0], out[i + 1] * keep[0]);
+            out[i + 2] = fmaf(__uint_as_float(x.z), add[1], out[i + 2] * keep[1]);
+            out[i + 3] = fmaf(__uint_as_float(x.w), add[1], out[i + 3] * keep[1]);
         }
     }
 
@@ -610,21 +836,26 @@ struct Consumer {
         return total;
     }
 
+    // The first of the dims that this warpgroup is left with.
+    __device__ __forceinline__ int first_dim() const { return C::kShares ? group * (kDim / 2) : 0; }
+
     // Writes the two rows of an unsplit row block.
     __device__ __forceinline__ void write(const Work& of) const {
         const int quad = lane % 4;
+        const bool writes_lse = p.lse && quad == 0 && (!C::kShares || group == 0);
+        const float v_scale = C::kFp8 ? scale_of_values(p, of) : 1.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const RowPlace at = row_place(p, of, row(i));
             const float total = row_sum(i);
             const bool real = at.node < of.nodes && total != 0.0f;  // NaN stays NaN
-            const float norm = real ? 1.0f / total : 0.0f;
-            if (p.lse && at.exists && quad == 0) {
+            const float norm = real ? v_scale / total : 0.0f;
+            if (writes_lse && at.exists) {
                 p.lse[at.lse] = real ? (base[i] + log2f(total)) * kLn2 : -INFINITY;
             }
-            T* to = static_cast<T*>(p.out) + at.out + quad * 8;
+            T* to = static_cast<T*>(p.out) + at.out + first_dim() + quad * 8;
 #pragma unroll
-            for (int j = 0; j < kDim / 32; ++j) {
+            for (int j = 0; j < kOut / 16; ++j) {
                 uint32_t x[4];  // of 8 dims each
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
@@ -671,11 +902,12 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float total = row_sum(i);
-            if (lane % 4 == 0) stats[row(i)] = {reference(i), total};
+            if (lane % 4 == 0)
+                stats[row(i)] = {reference(i), total};  // two that share write the same
         }
-        float4* to = partial + int(threadIdx.x) / 32 * (kDim / 8) * 32 + lane;
+        float4* to = partial + (row(0) / 16 * (kDim / 8) + first_dim() / 8) * 32 + lane;
 #pragma unroll
-        for (int j = 0; j < kDim / 8; ++j) {
+        for (int j = 0; j < kOut / 4; ++j) {
             to[j * 32] = {out[j * 4], out[j * 4 + 1], out[j * 4 + 2], out[j * 4 + 3]};
         }
     }
@@ -708,6 +940,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
         }
     };
     set_places();
+    const float v_scale = C::kFp8 ? scale_of_values(p, w) : 1.0f;
     wait();
 #pragma unroll 1
     while (part < last) {
@@ -762,7 +995,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
         for (int r = 0; r < 2; ++r) {
             if (!place[r].exists) continue;
             const bool real = place[r].node < w.nodes && sum[r] != 0.0f;  // NaN stays NaN
-            const float norm = real ? 1.0f / sum[r] : 0.0f;
+            const float norm = real ? v_scale / sum[r] : 0.0f;
             T* to = static_cast<T*>(p.out) + place[r].out + part % 4 * kColumns * 8 + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {
@@ -773,7 +1006,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
                 p.lse[place[r].lse] = real ? (reference[r] + log2f(sum[r])) * kLn2 : -INFINITY;
             }
         }
-        part += C::kGroups * 4;
+        part += C::kComputing * 4;
         if (part < last) set_places();
     }
 }
@@ -795,14 +1028,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             for (int v = 0; v < 2; ++v) {
                 barrier_init(barriers + (v * C::kStages + i) * 8, 1);
                 barrier_init(barriers + ((v + 2) * C::kStages + i) * 8,
-                             C::kGroups * 4 * (p.pair ? 2 : 1));  // warps
+                             C::kComputing / C::kStep * 4 * (p.pair ? 2 : 1));  // warps
             }
         }
         barrier_init(next, 1);
-        barrier_init(next + 8, C::kGroups * 4);  // warps
+        barrier_init(next + 8, (C::kComputing + C::kProducers - 1) * 4);  // warps
         fence_barrier_init();
-        prefetch_map(k_map);
-        prefetch_map(v_map);
+        if (!C::kFp8) {
+            prefetch_map(k_map);
+            prefetch_map(v_map);
+        }
     }
     wait_for_kernels_before();
     Work w;
@@ -815,10 +1050,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     }
 
     const int group = threadIdx.x / kGroupThreads;
-    if (group == C::kGroups) {
+    if (group >= C::kComputing) {
         shrink_registers<C::kProducerRegisters>();
         w.set_tiles(p);
-        Producer<C> producer{p, w, shared, barriers, int(threadIdx.x) % kGroupThreads, {p, next}};
+        Producer<C> producer{p,
+                             w,
+                             shared,
+                             barriers,
+                             C::kProducers > 1 ? group - C::kComputing : 0,
+                             int(threadIdx.x) % kGroupThreads,
+                             {p, next}};
         producer.run(k_map, v_map);
         __syncwarp();
         if (p.pair) cluster_arrive();
@@ -831,15 +1072,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                              shared,
                              barriers,
                              address_in_block(free_barriers, p.pair ? (blockIdx.x ^ lane) & 1 : 0),
+                             group,
                              lane,
                              {p, next}};
+        if (C::kShares && group == 1) {
+            consumer.k_ring.advance();
+            consumer.v_ring.advance();
+        }
         consumer.run();
         __syncwarp();
         if (p.pair) cluster_arrive();
 
         if (p.num_splits > 1) {
             const Work& done = consumer.w;
-            constexpr int kConsumers = C::kGroups * kGroupThreads;
+            constexpr int kConsumers = C::kComputing * kGroupThreads;
             const int64_t row_block =
                 (int64_t(done.batch) * p.heads_kv + done.head_kv) * gridDim.x + blockIdx.x;
             const int64_t rows = row_block * done.num_splits * C::kRows;  // before this row block's
@@ -917,14 +1163,20 @@ void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t s
     MK_CHECK_VALUE(plan.bytes == sizeof plan, "plan: expected ", sizeof plan, " bytes, got ",
                    plan.bytes);
     AttentionParams p = attention_params(plan, addresses);
-    const CUtensorMap k_map = tensor_map(plan, 0, p), v_map = tensor_map(plan, 1, p);
-    const auto with = [&](auto type, auto dim, auto groups) {
-        using C = Config<decltype(type), decltype(dim)::value, decltype(groups)::value>;
-        launch<C>(plan, p, k_map, v_map, stream);
+    const auto with = [&](auto type, auto dim, auto groups, auto fp8) {
+        using C = Config<decltype(type), decltype(dim)::value, decltype(groups)::value,
+                         decltype(fp8)::value>;
+        CUtensorMap maps[2] = {};
+        for (int v = 0; v < 2 && !C::kFp8; ++v) maps[v] = tensor_map(plan, v, p);
+        launch<C>(plan, p, maps[0], maps[1], stream);
+    };
+    const auto with_groups = [&](auto type, auto dim, auto groups) {
+        plan.fp8 ? with(type, dim, groups, std::true_type())
+                 : with(type, dim, groups, std::false_type());
     };
     const auto with_type = [&](auto type, auto dim) {
-        plan.groups == 1 ? with(type, dim, std::integral_constant<int, 1>())
-                         : with(type, dim, std::integral_constant<int, 2>());
+        plan.groups == 1 ? with_groups(type, dim, std::integral_constant<int, 1>())
+                         : with_groups(type, dim, std::integral_constant<int, 2>());
     };
     const auto with_dim = [&](auto dim) {
         plan.half ? with_type(__half(), dim) : with_type(__nv_bfloat16(), dim);

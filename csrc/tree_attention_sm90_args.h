@@ -24,6 +24,7 @@ struct RowStrides {
 struct AttentionPlan {
     int64_t bytes;  // of this struct
     int64_t half;   // else bfloat16
+    int64_t fp8;    // a cache of e4m3
     int64_t batch, size, heads_kv, group, dim;
     int64_t num_blocks, block_size, max_blocks;  // max_blocks: of a request; 0: not paged
     int64_t words;                               // of a row's mask
@@ -34,6 +35,7 @@ struct AttentionPlan {
     int64_t resident;  // blocks that the device holds at once
     RowStrides q, k_cache, v_cache, k, v, out;
     int64_t mask_stride, table_stride;  // of a request
+    int64_t scale_stride;               // of a KV head's scales
     double scale;                       // of scores, for exponents of 2
 };
 
@@ -65,6 +67,7 @@ struct AttentionParams {
     const int32_t* num_nodes;      // [B] or null
     const int32_t* cache_seqlens;  // [B]
     const int32_t* block_table;    // [B, max_blocks] or null
+    const float* scales[2];        // K, V, of an fp8 cache: [1 or Hkv], or null
     void* out;                     // [B, T, H, D]
     float* lse;                    // [B, H, T] or null
     // Results of splits that merge through memory, or null: [row blocks, splits, rows * D / 4], and
@@ -73,6 +76,7 @@ struct AttentionParams {
     float2* stats;
     RowStrides q_strides, strides[2], new_strides[2], out_strides;
     int64_t mask_stride, table_stride;  // of a request
+    int64_t scale_stride;               // of a KV head
     int32_t size;                       // T
     int32_t heads_kv, group, words;
     int32_t capacity;  // slots of a request
@@ -98,6 +102,8 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.num_nodes = static_cast<const int32_t*>(at(kNumNodes));
     p.cache_seqlens = static_cast<const int32_t*>(at(kCacheSeqlens));
     p.block_table = static_cast<const int32_t*>(at(kBlockTable));
+    p.scales[0] = static_cast<const float*>(at(kKScale));
+    p.scales[1] = static_cast<const float*>(at(kVScale));
     p.out = at(kOut);
     p.lse = static_cast<float*>(at(kLse));
     p.partial = static_cast<float4*>(at(kWork));
@@ -109,6 +115,7 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.out_strides = plan.out;
     p.mask_stride = plan.mask_stride;
     p.table_stride = plan.table_stride;
+    p.scale_stride = plan.scale_stride;
     p.size = static_cast<int32_t>(plan.size);
     p.heads_kv = static_cast<int32_t>(plan.heads_kv);
     p.group = static_cast<int32_t>(plan.group);

@@ -50,6 +50,10 @@ __device__ __forceinline__ void sync_threads() {
     asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
+__device__ __forceinline__ void sync_threads(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
     uint32_t x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -64,6 +68,21 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
 
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_4(uint32_t address) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(address)
+                 : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 
 // ---- mbarriers ----
@@ -153,7 +172,20 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, boo
                  : "memory");
 }
 
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The copies since the last commit are a group.
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until all but the newest `kPending` groups are there; 0: all copies.
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+    if constexpr (kPending == 0) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+    }
+}
 
 // ---- wgmma: D[64, N] (+)= A[64, 16] B[16, N], A in registers and B in shared memory ----
 //
@@ -301,6 +333,34 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     }
     return x;
+}
+
+// Four numbers of e4m3, the first in the lowest byte, rounded to nearest, at most 448 in size.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+    uint32_t x;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "mov.b32 %0, {low, high};\n"
+        "}"
+        : "=r"(x)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return x;
+}
+
+// The same four as two pairs of fp16.
+__device__ __forceinline__ uint2 unpack_e4m3(uint32_t x) {
+    uint2 y;
+    asm("{\n"
+        ".reg .b16 low, high;\n"
+        "mov.b32 {low, high}, %2;\n"
+        "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+        "}"
+        : "=r"(y.x), "=r"(y.y)
+        : "r"(x));
+    return y;
 }
 
 }  // namespace medusa_kernels::sm90

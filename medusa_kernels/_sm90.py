@@ -20,11 +20,12 @@ class _Plan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
-            "bytes", "half", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size", "max_blocks",
-            "words", "groups", "row_blocks", "num_splits", "pair", "resident",
+            "bytes", "half", "fp8", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size",
+            "max_blocks", "words", "groups", "row_blocks", "num_splits", "pair", "resident",
         )),
         *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
-        ("mask_stride", ctypes.c_int64), ("table_stride", ctypes.c_int64), ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("mask_stride", "table_stride", "scale_stride")),
+        ("scale", ctypes.c_double),
     ]  # fmt: skip
 
 
@@ -74,12 +75,12 @@ def prepare(
     groups: of 64 rows in a row block, 1 or 2; num_splits: blocks that share a row block's keys; pair: two row blocks of
     a KV head copy for each other. None: chosen here.
     """
+    fp8 = k_cache.dtype == torch.float8_e4m3fn
     if (
         q.dtype not in (torch.bfloat16, torch.float16)
-        or k_cache.dtype != q.dtype
+        or not (fp8 or k_cache.dtype == q.dtype)
         or q.shape[3] not in (64, 128)
         or sinks is not None
-        or k_scale is not None
         or window
         or softcap
         or _kernel() is None
@@ -96,59 +97,69 @@ def prepare(
         return None
     max_blocks = block_table.shape[1] if paged else 0
     capacity = block_size * (max_blocks or 1)
-    if heads_kv * MAX_SPLITS > 65535 or batch > 65535:
+    if heads_kv * MAX_SPLITS > 65535 or batch > 65535 or max(k_cache.stride(1), v_cache.stride(1)) >= 2**31:
         return None
-    chosen = choose(rows, batch * heads_kv, capacity, num_sms, groups)
-    if groups is None and not paged and _is_triton_faster(rows, capacity, chosen[1]):
+    chosen = choose(rows, batch * heads_kv, capacity, num_sms, dim, fp8, groups)
+    if groups is None and not paged and not fp8 and _is_triton_faster(rows, capacity, chosen[1]):
         return None
     groups, num_splits = chosen[0], chosen[1] if num_splits is None else num_splits
     row_blocks = math.ceil(rows / (64 * groups))
     blocks = batch * heads_kv * row_blocks
-    resident = num_sms * (2 if groups == 1 else 1)  # one group is for what memory bounds: two blocks a multiprocessor
+    resident = _resident(groups, num_sms, fp8)
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
-    if pair is None:  # 8% for small pages in one wave of blocks, nothing or a loss elsewhere
-        pair = paged and block_size < 32 and num_splits == 1 and row_blocks % 2 == 0 and blocks <= resident
+    if pair is None:  # 6 to 14% for small pages, nothing or a loss elsewhere
+        pair = not fp8 and paged and block_size < 32 and groups == 2 and row_blocks % 2 == 0
     elif pair and row_blocks % 2:
         raise ValueError(f"pair: expected False for {row_blocks} row blocks, got True")
     plan = _Plan(
-        ctypes.sizeof(_Plan), q.dtype == torch.float16, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
+        ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
         block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, pair, resident,
         *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
         packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
-        block_table.stride(0) if paged and batch > 1 else 0, softmax_scale * math.log2(math.e),
+        block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
+        softmax_scale * math.log2(math.e),
     )  # fmt: skip
     work = blocks * num_splits * 64 * groups * (dim + 2) if num_splits > 1 else 0
     return Launch(plan, work, q.device)
 
 
-def choose(rows: int, heads: int, capacity: int, num_sms: int, groups: int | None = None) -> tuple[int, int]:
+def choose(
+    rows: int, heads: int, capacity: int, num_sms: int, dim: int = 128, fp8: bool = False, groups: int | None = None
+) -> tuple[int, int]:
     """`groups` and `num_splits` that take least by a model of what blocks cost to begin, to merge, and a tile, whose
-    numbers are µs on an H100. More blocks than multiprocessors never paid where there are splits.
+    numbers are µs on an H200.
 
     heads: KV heads of all requests; capacity: slots of a request
     """
     tiles = math.ceil(capacity / KEYS)
 
-    def blocks(groups: int) -> int:
-        return heads * math.ceil(rows / (64 * groups))
+    def row_blocks(groups: int) -> int:
+        return math.ceil(rows / (64 * groups))
+
+    def most_splits(groups: int) -> int:
+        return max(1, min(MAX_SPLITS, tiles, _resident(groups, num_sms, fp8) // (heads * row_blocks(groups))))
 
     def cost(choice: tuple[int, int]) -> float:
         groups, splits = choice
-        shared = groups == 1 and blocks(1) * splits > num_sms  # two blocks a multiprocessor, each slower
-        waves = math.ceil(blocks(groups) * splits / (num_sms * (2 if shared else 1)))
-        begin, tile = (7.5, 0.8) if groups == 2 else (5.0, 1.0 if shared else 0.65)
-        merge = 2 + 0.2 * splits if splits > 1 else 0
-        return waves * (begin + tile * tiles / splits) + merge
+        blocks = heads * row_blocks(groups) * splits
+        shared = not fp8 and groups == 1 and blocks > num_sms  # two blocks a multiprocessor, each slower
+        if fp8:
+            begin, tile = (6.5, 1.35) if groups == 2 else (5.0, 0.95)
+        else:
+            begin, tile = (5.9, 0.85) if groups == 2 else (5.5, 0.88) if shared else (4.0, 0.7)
+        read = (2 if shared else 1) * dim / 128 / row_blocks(groups)  # where memory bounds
+        waves = math.ceil(blocks / (num_sms * (2 if shared else 1)))
+        merge = 1.7 + 0.05 * splits if splits > 1 else 0
+        return waves * (begin + max(tile, read) * tiles / splits) + merge
 
-    return min(
-        (
-            (g, splits)
-            for g in ([groups] if groups else (1, 2) if rows > 64 else (1,))
-            for splits in range(1, max(1, min(MAX_SPLITS, tiles, num_sms // blocks(g))) + 1)
-        ),
-        key=cost,
-    )
+    choices = [groups] if groups else [1, 2] if rows > 64 else [1]
+    return min(((g, splits) for g in choices for splits in range(1, most_splits(g) + 1)), key=cost)
+
+
+def _resident(groups: int, num_sms: int, fp8: bool) -> int:
+    """Blocks that the GPU holds at once: with one warpgroup, which is for what memory bounds, two a multiprocessor."""
+    return num_sms * (2 if groups == 1 and not fp8 else 1)
 
 
 def _is_triton_faster(rows: int, capacity: int, num_splits: int) -> bool:

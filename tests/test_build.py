@@ -56,9 +56,9 @@ def test_no_kernel_spills():
     pattern = r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores"
     kernels = re.findall(pattern, log, re.DOTALL)
     assert len(kernels) >= len(OPERATORS) * len(_ops.build_info()["cuda_archs"])
-    # accept_kernel's many paths share 64 registers a thread: up to five scalars go to the stack. Hopper's attention
-    # for D 128 with two warpgroups leaves one there, outside its main loop.
-    limits = {"accept_kernel": 20, "Li128ELi2E": 4}
+    # accept_kernel's many paths share 64 registers a thread, and leave some scalars on the stack, most on sm_80.
+    # Hopper's attention to an fp8 cache has 512 threads and leaves some there, outside its main loop.
+    limits = {"accept_kernel": 76, "ELb1EEEEEv14CUtensorMap": 168}
     allowed = {name: next((n for part, n in limits.items() if part in name), 0) for name, *_ in kernels}
     spills = [f"{name} for {arch}: {stores} B" for name, arch, _, stores in kernels if int(stores) > allowed[name]]
     assert not spills, "\n".join(spills)
