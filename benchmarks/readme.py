@@ -15,8 +15,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 CARD = "nvidia-h200"
 
 
+def older(row: dict, data: dict) -> str:
+    """The date of a row that is older than its file's newest, in parentheses."""
+    return "" if row.get("date", data["date"]) == data["date"] else f" ({row['date']})"
+
+
 def operator_table(op: str, changed: bool = False) -> str:
-    """A row a case: our time, the part of the floor that it is, and the best peer of the same run.
+    """A row a case: our time, the part of the floor that it is, and the best peer of the same run, with that run's date
+    where it is not the newest one.
 
     changed: the cases that are another one with changes, in place of those that are none
     """
@@ -30,13 +36,15 @@ def operator_table(op: str, changed: bool = False) -> str:
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for case, rows in cases.items():
         ours = next(row for row in rows if row["contender"] == "ours")
-        peers = [row for row in rows if not row["contender"].startswith("ours")]
+        same_run = [row for row in rows if older(row, data) == older(ours, data)]
+        peers = [row for row in same_run if not row["contender"].startswith("ours")]
         best = min((row for row in peers if row["same_work"]), key=lambda row: row["us"], default=None)
         peer = f"{best['us']:.1f} {best['contender']} | {best['us'] / ours['us']:.2f}x" if best else "- | -"
         if not best and (less := min(peers, key=lambda row: row["us"], default=None)):  # that does less work
             peer = f"({less['us']:.1f} {less['contender']}) | ({less['us'] / ours['us']:.2f}x)"
         share = ours["floor_us"] / ours["us"]
-        line = f"| {case} | {ours['floor_us']:.1f} | {ours['us']:.1f} | {share:.0%} | {peer} |"
+        label = case + older(ours, data)
+        line = f"| {label} | {ours['floor_us']:.1f} | {ours['us']:.1f} | {share:.0%} | {peer} |"
         if invariant:
             line += f" {next(row['us'] for row in rows if row['contender'] == 'ours_batch_invariant'):.1f} |"
         lines.append(line)
@@ -161,8 +169,8 @@ def step_table() -> str:
     for row in data["overheads"]:
         shares = " | ".join(f"{row['parts_percent'][part]:+.1f}" for part in parts)
         lines.append(
-            f"| {row['model']} | {row['batch']} | {row['length']} | {row['nodes']} | {row['plain_us']:.0f} | "
-            f"{row['us']:.0f} | {row['overhead']:.3f} | {shares} | {row['speed_up']:.2f}x |"
+            f"| {row['model']}{older(row, data)} | {row['batch']} | {row['length']} | {row['nodes']} | "
+            f"{row['plain_us']:.0f} | {row['us']:.0f} | {row['overhead']:.3f} | {shares} | {row['speed_up']:.2f}x |"
         )
     card = data["card"]
     about = (

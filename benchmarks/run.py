@@ -104,13 +104,13 @@ def not_run(results: list[Result]) -> dict[tuple[str, str], str]:
 
 def write_json(path: Path, op: str, results: list[Result], limits: Limits) -> list[dict]:
     """Merged by (case, contender) into what the file holds of the same card and versions. Returns all."""
-    rows = {(r.case, r.contender): r.as_json() for r in results}
+    date = datetime.date.today().isoformat()
+    rows = {(r.case, r.contender): r.as_json() | {"date": date} for r in results}
     card = {"device": limits.device, "torch": limits.torch, "triton": limits.triton}
     if path.exists():
         old = json.loads(path.read_text())
         if old["card"] == card:
-            rows = {(r["case"], r["contender"]): r for r in old["results"]} | rows
-    date = datetime.date.today().isoformat()
+            rows = {(r["case"], r["contender"]): {"date": old["date"]} | r for r in old["results"]} | rows
     limit = {k: v for k, v in vars(limits).items() if k not in card}
     merged = list(rows.values())
     content = {"op": op, "date": date, "card": card, "limits": limit, "results": merged}

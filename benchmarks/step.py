@@ -11,7 +11,7 @@ import datetime
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -354,6 +354,7 @@ class Measured:
     best: str
     candidates_us: dict[str, float]
     floor_us: float | None  # the weights and the cache read once
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
 
     @property
     def where(self) -> tuple[str, int, int]:
@@ -498,7 +499,7 @@ def overheads(results: Sequence[Measured]) -> list[dict]:
         tokens = float(tree.expected_tokens(HEAD_ACCURACIES)[-1])
         percent = {part: 100 * (r.parts_us[part] - base.parts_us[part]) / base.us for part in PARTS}
         rows.append({
-            "model": r.model, "batch": r.batch, "length": r.length, "nodes": r.nodes, "mode": r.mode,
+            "model": r.model, "batch": r.batch, "length": r.length, "nodes": r.nodes, "mode": r.mode, "date": r.date,
             "plain_us": base.us, "us": r.us, "overhead": overhead,
             "parts_percent": percent, "operators_percent": sum(percent[part] for part in OPERATORS),
             "tokens": tokens, "speed_up": tokens / overhead,
@@ -556,7 +557,7 @@ def merge_results(path: Path, results: Sequence[Measured], limits: Limits) -> li
     if path.exists():
         old = json.loads(path.read_text())
         if old["card"] == card:
-            merged = {r.key: r for r in (Measured(**row) for row in old["steps"])} | merged
+            merged = {r.key: r for r in (Measured(**{"date": old["date"]} | row) for row in old["steps"])} | merged
     every = sorted(merged.values(), key=lambda r: (list(MODELS).index(r.model), *r.key[1:]))
     content = {
         "date": datetime.date.today().isoformat(), "card": card,

@@ -370,8 +370,14 @@ def test_ratios_leave_out_less_work_and_ours():
 def test_json_is_merged_for_one_card_alone(tmp_path):
     path = tmp_path / "x.json"
     run_benchmarks.write_json(path, "attention", [result("ours", 2.0), result("eager", 9.0)], H100)
+    content = json.loads(path.read_text())
+    for row in content["results"]:
+        row["date"] = "2026-01-01"
+    path.write_text(json.dumps(content))
     run_benchmarks.write_json(path, "attention", [result("ours", 1.0)], H100)
-    assert {r["contender"]: r["us"] for r in json.loads(path.read_text())["results"]} == {"ours": 1.0, "eager": 9.0}
+    rows = {r["contender"]: r for r in json.loads(path.read_text())["results"]}
+    assert {name: row["us"] for name, row in rows.items()} == {"ours": 1.0, "eager": 9.0}
+    assert rows["eager"]["date"] == "2026-01-01" < rows["ours"]["date"]  # a row has the date of its own run
     other = common.Limits("NVIDIA H200", "2.11", "3.6", 4.2, 780.0, 1.3, 60 << 20)
     run_benchmarks.write_json(path, "attention", [result("sdpa", 3.0)], other)
     assert [r["contender"] for r in json.loads(path.read_text())["results"]] == ["sdpa"]

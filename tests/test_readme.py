@@ -92,9 +92,10 @@ def test_operator_table(tmp_path, monkeypatch):
         "card": {"device": "Card", "torch": "2.11", "triton": "3.6"}, "date": "2026-01-01",
         "limits": {"read_tb_s": 3.0, "matmul_tflop_s": 700.0, "launch_us": 1.0},
         "results": [
-            row("a", "ours", 2.0), row("a", "slow", 9.0), row("a", "fast", 5.0), row("a", "less", 1.0, False),
+            row("a", "ours", 2.0), row("a", "earlier", 3.0) | {"date": "2025-12-31"},
+            row("a", "slow", 9.0), row("a", "fast", 5.0), row("a", "less", 1.0, False),
             row("b", "ours", 4.0), row("b", "less", 6.0, False), row("b", "absent", None),
-            row("a/T1", "ours", 5.0), row("a/T1", "fast", 4.0),
+            row("a/T1", "ours", 5.0), row("a/T1", "fast", 4.0), row("a/T2", "ours", 6.0) | {"date": "2025-12-31"},
         ],
     }  # fmt: skip
     (tmp_path / f"{script.CARD}_op.json").write_text(json.dumps(data))
@@ -102,3 +103,4 @@ def test_operator_table(tmp_path, monkeypatch):
     assert "| a | 1.0 | 2.0 | 50% | 5.0 fast | 2.50x |\n| b | 1.0 | 4.0 | 25% | (6.0 less) | (1.50x) |" in table
     assert "a/T1" not in table and "| a |" not in changed
     assert "| a/T1 | 1.0 | 5.0 | 20% | 4.0 fast | 0.80x |" in changed
+    assert "| a/T2 (2025-12-31) | 1.0 |" in changed
