@@ -110,8 +110,8 @@ def prepare(
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
     if pair is None:  # 6 to 14% for small pages, nothing or a loss elsewhere
         pair = not fp8 and paged and block_size < 32 and groups == 2 and row_blocks % 2 == 0
-    elif pair and row_blocks % 2:
-        raise ValueError(f"pair: expected False for {row_blocks} row blocks, got True")
+    elif pair and (fp8 or row_blocks % 2):
+        raise ValueError(f"pair: expected False for {row_blocks} row blocks{' and an fp8 cache' * fp8}, got True")
     plan = _Plan(
         ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
         block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, pair, resident,
