@@ -156,11 +156,16 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
     smoke = device.type != "cuda"
     cases = bench.TINY if smoke else choose_cases(bench, args.cases)
     contenders = choose(args.peers, list(bench.CONTENDERS))
+    stem = None if args.out is None else args.out / f"{limits.slug}_{op}"
+    if stem is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(op, total=len(cases) * len(contenders))
 
         def report(result: Result) -> None:
+            if stem is not None:  # a later contender may break the device, or time run out
+                write_json(stem.with_suffix(".json"), op, [result], limits)
             progress.console.print(describe(result), highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
 
@@ -168,9 +173,7 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
     console.print(as_table(op, cases, results, limits, smoke))
     for (name, note), where in not_run(results).items():
         console.print(f"{name} not run on {where}: {note}", highlight=False, markup=False, soft_wrap=True)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        stem = args.out / f"{limits.slug}_{op}"
+    if stem is not None:
         merged = write_json(stem.with_suffix(".json"), op, results, limits)
         plot(stem.with_suffix(".png"), op, merged, limits, smoke)
         console.print(f"{stem}.json, .png")

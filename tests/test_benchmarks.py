@@ -426,3 +426,20 @@ def test_sweep_times_the_choice_among_others(name):
     with sweep_attention.forced(configs[-1]):
         assert sweep_attention.chosen(case, 132, 90) == configs[-1]
     assert sweep_attention.chosen(case, 132, 90) == configs[0]
+
+
+def test_what_is_measured_outlives_a_broken_device(tmp_path, monkeypatch):
+    """Results are in the file before the next contender begins."""
+    make_inputs, made = bench_compaction.make_inputs, []
+
+    def broken(*args):
+        made.append(args)
+        if len(made) > 1:
+            raise RuntimeError("an illegal memory access was encountered")
+        return make_inputs(*args)
+
+    monkeypatch.setattr(bench_compaction, "make_inputs", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_benchmarks.main(["--device", "cpu", "--op", "compaction", "--peers", "ours", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "cpu_compaction.json").read_text())["results"]
+    assert [row["case"] for row in rows] == [bench_compaction.TINY[0].name]
