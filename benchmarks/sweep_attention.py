@@ -1,10 +1,11 @@
-"""How far is tree attention's choice of tiles from the best one? Times the plain kernel's variants, case by case.
+"""How far is tree attention's choice of tiles from the best one? Times a kernel's variants, case by case.
 
     python benchmarks/sweep_attention.py                         # shapes that the choice was not tuned on
     python benchmarks/sweep_attention.py --cases table --out sweep.json
+    python benchmarks/sweep_attention.py --kernel hopper --cases 'nodes,gqa_b1_8k/L3000,mha_b1_4k/B3/L700'
 
-Prints for each case the time with `tile_config`'s choice, the best variant and what it would save. Variants compile in
-parallel first, as compiling takes longer than timing.
+Prints for each case the time with the choice of `tile_config` (Triton's plain kernel) or `_sm90.choose` (Hopper's), the
+best variant and what it would save. Triton's variants compile in parallel first, as compiling takes longer than timing.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import bench_attention
@@ -37,6 +38,46 @@ TILES = [
     (128, 64, 8, 2),
     (128, 32, 8, 4),
 ]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What Hopper's kernel has to choose: groups of 64 rows in a row block, and splits of its keys."""
+
+    groups: int
+    num_splits: int
+
+
+def chosen_splits(case: Case, num_sms: int, arch: int) -> Splits:
+    rows = case.nodes * case.heads // case.heads_kv
+    heads = case.batch * case.heads_kv
+    return Splits(*_sm90.choose(rows, heads, case.capacity, num_sms, case.head_dim, case.fp8))
+
+
+def splits(case: Case, num_sms: int, arch: int) -> list[Splits]:
+    """The choice first, then up to ten splits and parts of as many as the GPU holds at once."""
+    configs = [chosen_splits(case, num_sms, arch)]
+    rows = case.nodes * case.heads // case.heads_kv
+    for groups in (1, 2) if rows > 64 else (1,):
+        blocks = case.batch * case.heads_kv * -(-rows // (64 * groups))
+        resident = num_sms * (2 if groups == 1 and not case.fp8 else 1)
+        most = max(1, min(_sm90.MAX_SPLITS, -(-case.capacity // _sm90.KEYS), resident // blocks))
+        parts = {round(most * share / 8) for share in range(1, 9)}
+        configs += [Splits(groups, n) for n in sorted({*range(1, 11), *parts}) if 1 <= n <= most]
+    return list(dict.fromkeys(configs))
+
+
+@contextmanager
+def forced_splits(config: Splits):
+    """Within this, `tree_attention` runs Hopper's kernel, where that serves the case, with these splits."""
+    before = _sm90.choose, _sm90._is_triton_faster
+    _sm90.choose, _sm90._is_triton_faster = (lambda *_: (config.groups, config.num_splits)), (lambda *_: False)
+    attention._ready.clear()
+    try:
+        yield
+    finally:
+        _sm90.choose, _sm90._is_triton_faster = before
+        attention._ready.clear()
 
 
 def chosen(case: Case, num_sms: int, arch: int) -> TileConfig:
@@ -90,18 +131,25 @@ def compile_share(cases: list[Case], share: int, shares: int, device: torch.devi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="sweep", help="as for run.py")
+    parser.add_argument("--kernel", choices=("triton", "hopper"), default="triton")
     parser.add_argument("--out", type=Path, help="write all times to this JSON file")
     parser.add_argument("--compile", help=argparse.SUPPRESS)  # SHARE/SHARES
     args = parser.parse_args()
     device = torch.device("cuda")
     properties = torch.cuda.get_device_properties(device)
     card = properties.multi_processor_count, 10 * properties.major + properties.minor
-    cases = [case for case in choose_cases(bench_attention, args.cases) if not case.fp8]
+    cases = choose_cases(bench_attention, args.cases)
+    if args.kernel == "hopper":
+        cases = [case for case in cases if case.head_dim in (64, 128) and not case.window]
+        choice, others, force = chosen_splits, splits, forced_splits
+    else:
+        cases = [case for case in cases if not case.fp8]
+        choice, others, force = chosen, variants, forced
     if args.compile:
         share, shares = map(int, args.compile.split("/"))
         compile_share(cases, share, shares, device, *card)
         return
-    shares = min(14, os.cpu_count() or 1)
+    shares = 0 if args.kernel == "hopper" else min(14, os.cpu_count() or 1)
     commands = [[sys.executable, *sys.argv, "--compile", f"{i}/{shares}"] for i in range(shares)]
     for process in [subprocess.Popen(command) for command in commands]:
         process.wait()
@@ -113,13 +161,13 @@ def main() -> None:
     for case in cases:
         inputs = make_inputs(case, pool, l2_bytes)
         times = {}
-        for config in variants(case, *card):
-            with forced(config):
+        for config in others(case, *card):
+            with force(config):
                 try:
                     times[config] = graph_us(ours(inputs).calls, replays=10)
                 except Exception as error:
                     print(f"{case.name} {config}: {error!r:.100}", file=sys.stderr)
-        own, best = times[chosen(case, *card)], min(times, key=times.__getitem__)
+        own, best = times[choice(case, *card)], min(times, key=times.__getitem__)
         table.add_row(case.name, f"{own:.1f}", f"{times[best]:.1f}", f"{own / times[best] - 1:.0%}", str(best))
         rows += [{"case": case.name, **asdict(config), "us": us} for config, us in times.items()]
     Console().print(table)

@@ -428,6 +428,23 @@ def test_sweep_times_the_choice_among_others(name):
     assert sweep_attention.chosen(case, 132, 90) == configs[0]
 
 
+@pytest.mark.parametrize("name", ["mha_b1_4k", "gqa_b1_8k", "gqa_b1_8k/fp8", "small_b1_1k/T1"])
+def test_sweep_of_splits(name):
+    """Hopper's: the choice among others, all of which the kernel's plan takes."""
+    import sweep_attention
+
+    case = bench_attention.parse_case(name)
+    configs = sweep_attention.splits(case, 132, 90)
+    assert configs[0] == sweep_attention.chosen_splits(case, 132, 90) and len(configs) == len(set(configs)) > 4
+    for config in configs:
+        row_blocks = -(-case.nodes * case.heads // case.heads_kv // (64 * config.groups))
+        resident = 132 * (2 if config.groups == 1 and not case.fp8 else 1)
+        assert config.num_splits == 1 or case.batch * case.heads_kv * row_blocks * config.num_splits <= resident
+    with sweep_attention.forced_splits(configs[-1]):
+        assert sweep_attention.chosen_splits(case, 132, 90) == configs[-1]
+    assert sweep_attention.chosen_splits(case, 132, 90) == configs[0]
+
+
 def test_what_is_measured_outlives_a_broken_device(tmp_path, monkeypatch):
     """Results are in the file before the next contender begins."""
     make_inputs, made = bench_compaction.make_inputs, []
