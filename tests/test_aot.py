@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from medusa_kernels import TokenTree, attention
+from medusa_kernels import TokenTree, _sm90, attention
 from medusa_kernels._triton import tree_attention as kernels
 from medusa_kernels._triton import tree_attention_invariant as invariant
 
@@ -233,6 +233,7 @@ def launches(monkeypatch):
     for kernel in used:
         monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     monkeypatch.setattr(attention, "_sms_and_arch", lambda device: (132, 90))
+    monkeypatch.setattr(_sm90, "_kernel", lambda: None)  # which a PyTorch with CUDA would load
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(attention, "_ready", {})
     return fake.made
