@@ -138,6 +138,11 @@ struct Work {
         lo = (tiles * split + num_splits - 1) / num_splits;
         hi = (tiles * (split + 1) + num_splits - 1) / num_splits;
     }
+
+    // What K's (0) or V's numbers in an fp8 cache are to be multiplied with.
+    __device__ __forceinline__ float cache_scale(const AttentionParams& p, int v) const {
+        return p.scales[v] ? p.scales[v][head_kv * p.scale_stride] : 1.0f;
+    }
 };
 
 // A place in the ring of tiles, and the parity of the phase in which it is filled.
@@ -244,8 +249,8 @@ struct Producer {
                              full(v), p.pair);
                 }
             }
-            // All blocks fill their rings at once: where matrix products bound, what is needed
-            // first comes first. Where memory does, it never idles.
+            // All blocks fill their rings at once: where matrix products bound, two tiles come
+            // before the rest. Where memory does, it never idles.
             if (C::kGroups == 2 && tile == w.lo + 1) barrier_wait(full(0), ring.phase);
             ring.advance();
         }
@@ -326,7 +331,7 @@ struct Producer {
 
     // A unit of an appended row, as the cache takes it.
     __device__ __forceinline__ uint4 rounded(int v, int slot) const {
-        const float scale = p.scales[v] ? p.scales[v][w.head_kv * p.scale_stride] : 1.0f;
+        const float scale = w.cache_scale(p, v);
         const T* from = new_row(v, slot);
         uint4 x;
 #pragma unroll
@@ -462,11 +467,6 @@ __device__ __forceinline__ RowPlace row_place(const AttentionParams& p, const Wo
     return {node, node < p.size,
             w.batch * p.out_strides.block + node * p.out_strides.slot + head * p.out_strides.head,
             (int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node};
-}
-
-// Of an fp8 cache.
-__device__ __forceinline__ float scale_of_values(const AttentionParams& p, const Work& w) {
-    return p.scales[1] ? p.scales[1][w.head_kv * p.scale_stride] : 1.0f;
 }
 
 // ---- consumer ----
@@ -843,7 +843,7 @@ struct Consumer {
     __device__ __forceinline__ void write(const Work& of) const {
         const int quad = lane % 4;
         const bool writes_lse = p.lse && quad == 0 && (!C::kShares || group == 0);
-        const float v_scale = C::kFp8 ? scale_of_values(p, of) : 1.0f;
+        const float v_scale = C::kFp8 ? of.cache_scale(p, 1) : 1.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const RowPlace at = row_place(p, of, row(i));
@@ -927,8 +927,8 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
     using T = typename C::T;
     constexpr int kColumns = C::kDim / 32;  // of 8 dims
     constexpr int kParts = C::kRows / 16 * 4;
-    constexpr int kStep = C::kRows * C::kDim / 4;  // from a split's results to the next one's
-    constexpr int kSplits = 8;                     // at once
+    constexpr int kSplit = C::kRows * C::kDim / 4;  // of one split's results
+    constexpr int kSplits = 8;                      // at once
     const int last = kParts * (w.split + 1) / w.num_splits;
     int part = kParts * w.split / w.num_splits + warp;
     RowPlace place[2];
@@ -940,7 +940,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
         }
     };
     set_places();
-    const float v_scale = C::kFp8 ? scale_of_values(p, w) : 1.0f;
+    const float v_scale = C::kFp8 ? w.cache_scale(p, 1) : 1.0f;
     wait();
 #pragma unroll 1
     while (part < last) {
@@ -958,7 +958,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
                     its[0][i] = __ldcg(stat + i * C::kRows);
                     its[1][i] = __ldcg(stat + i * C::kRows + 8);
 #pragma unroll
-                    for (int j = 0; j < kColumns; ++j) x[i][j] = __ldcg(from + i * kStep + j * 32);
+                    for (int j = 0; j < kColumns; ++j) x[i][j] = __ldcg(from + i * kSplit + j * 32);
                 }
             }
 #pragma unroll
@@ -988,7 +988,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
                     }
                 }
             }
-            from += kSplits * kStep;
+            from += kSplits * kSplit;
             stat += kSplits * C::kRows;
         }
 #pragma unroll
