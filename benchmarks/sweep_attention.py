@@ -13,9 +13,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import bench_attention
 import torch
@@ -60,7 +63,7 @@ def splits(case: Case, num_sms: int, arch: int) -> list[Splits]:
     rows = case.nodes * case.heads // case.heads_kv
     for groups in (1, 2) if rows > 64 else (1,):
         blocks = case.batch * case.heads_kv * -(-rows // (64 * groups))
-        resident = num_sms * (2 if groups == 1 and not case.fp8 else 1)
+        resident = _sm90._resident(groups, num_sms, case.fp8)
         most = max(1, min(_sm90.MAX_SPLITS, -(-case.capacity // _sm90.KEYS), resident // blocks))
         parts = {round(most * share / 8) for share in range(1, 9)}
         configs += [Splits(groups, n) for n in sorted({*range(1, 11), *parts}) if 1 <= n <= most]
@@ -68,16 +71,20 @@ def splits(case: Case, num_sms: int, arch: int) -> list[Splits]:
 
 
 @contextmanager
+def replaced(module: ModuleType, **functions: Callable):
+    """Within this, `tree_attention` prepares its launches with these functions of a module of its own."""
+    attention._ready.clear()  # launches prepared otherwise
+    try:
+        with mock.patch.multiple(module, **functions):
+            yield
+    finally:
+        attention._ready.clear()
+
+
 def forced_splits(config: Splits):
     """Within this, `tree_attention` runs Hopper's kernel, where that serves the case, with these splits."""
-    before = _sm90.choose, _sm90._is_triton_faster
-    _sm90.choose, _sm90._is_triton_faster = (lambda *_: (config.groups, config.num_splits)), (lambda *_: False)
-    attention._ready.clear()
-    try:
-        yield
-    finally:
-        _sm90.choose, _sm90._is_triton_faster = before
-        attention._ready.clear()
+    choice = config.groups, config.num_splits
+    return replaced(_sm90, choose=lambda *_: choice, _is_triton_faster=lambda *_: False)
 
 
 def chosen(case: Case, num_sms: int, arch: int) -> TileConfig:
@@ -105,14 +112,8 @@ def variants(case: Case, num_sms: int, arch: int) -> list[TileConfig]:
 @contextmanager
 def forced(config: TileConfig):
     """Within this, `tree_attention` runs the plain kernel with these tiles."""
-    before = kernels.tile_config, _sm90.prepare
-    kernels.tile_config, _sm90.prepare = (lambda *_: config), (lambda *_: None)
-    attention._ready.clear()  # launches prepared with other tiles
-    try:
+    with replaced(kernels, tile_config=lambda *_: config), replaced(_sm90, prepare=lambda *_: None):
         yield
-    finally:
-        kernels.tile_config, _sm90.prepare = before
-        attention._ready.clear()
 
 
 def compile_share(cases: list[Case], share: int, shares: int, device: torch.device, num_sms: int, arch: int) -> None:
