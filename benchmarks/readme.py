@@ -36,8 +36,8 @@ def operator_table(op: str, changed: bool = False) -> str:
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for case, rows in cases.items():
         ours = next(row for row in rows if row["contender"] == "ours")
-        same_run = [row for row in rows if older(row, data) == older(ours, data)]
-        peers = [row for row in same_run if not row["contender"].startswith("ours")]
+        rows = [row for row in rows if older(row, data) == older(ours, data)]
+        peers = [row for row in rows if not row["contender"].startswith("ours")]
         best = min((row for row in peers if row["same_work"]), key=lambda row: row["us"], default=None)
         peer = f"{best['us']:.1f} {best['contender']} | {best['us'] / ours['us']:.2f}x" if best else "- | -"
         if not best and (less := min(peers, key=lambda row: row["us"], default=None)):  # that does less work

@@ -157,6 +157,7 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
     cases = bench.TINY if smoke else choose_cases(bench, args.cases)
     contenders = choose(args.peers, list(bench.CONTENDERS))
     stem = None if args.out is None else args.out / f"{limits.slug}_{op}"
+    merged: list[dict] = []  # what the file of results holds
     if stem is not None:
         args.out.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -165,7 +166,7 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
 
         def report(result: Result) -> None:
             if stem is not None:  # a later contender may break the device, or time run out
-                write_json(stem.with_suffix(".json"), op, [result], limits)
+                merged[:] = write_json(stem.with_suffix(".json"), op, [result], limits)
             progress.console.print(describe(result), highlight=False, markup=False, soft_wrap=True)
             progress.advance(task)
 
@@ -174,7 +175,6 @@ def run_op(op: str, args: argparse.Namespace, limits: Limits, console: Console) 
     for (name, note), where in not_run(results).items():
         console.print(f"{name} not run on {where}: {note}", highlight=False, markup=False, soft_wrap=True)
     if stem is not None:
-        merged = write_json(stem.with_suffix(".json"), op, results, limits)
         plot(stem.with_suffix(".png"), op, merged, limits, smoke)
         console.print(f"{stem}.json, .png")
     return results
