@@ -1,8 +1,6 @@
-// Random and hostile trees through the C++ acceptance walk, for a build with sanitizers:
-//   g++ -std=c++20 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all -I
-//   csrc tests/host_acceptance.cpp
-// Values are checked in test_acceptance.py; here that none leads out of a tensor, and that results
-// are well formed.
+// Random and hostile trees through the C++ acceptance walk, under AddressSanitizer and
+// UndefinedBehaviorSanitizer. Values are checked in test_acceptance.py; here that none leads out of
+// a tensor, that results are well formed, and how many rounds a search for a cutoff takes.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
