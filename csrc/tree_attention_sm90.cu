@@ -15,13 +15,15 @@
 // has 64 rows in all, on tiles in turn.
 //
 // A warpgroup keeps Q in registers and takes the softmax of tile j while the tensor cores work on
-// the scores of tile j + 1 and on the probabilities of tile j - 1 with V. The maximum that a row's
+// the scores of tile j + 1 and on the probabilities of tile j - 1 with V; two warpgroups take turns
+// to begin these. The maximum that a row's
 // exponents refer to moves only when it falls behind by more than 2^8 (FlashAttention-4), so the
 // accumulator is rescaled a few times in all; the result is the same, as its denominator has the
 // same reference.
 //
 // Where there are more row blocks than multiprocessors, blocks stay and draw the next one from a
-// counter: its tiles are on their way while the results of the one before are written.
+// counter: its tiles are on their way, its Q loaded under the last softmax of the one before, and
+// its first scores taken while the results of that one are written.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/macros.h>
 
@@ -52,6 +54,7 @@ constexpr int kEarlyTiles = 20;
 // between launches.
 __device__ uint32_t split_arrivals[2 * kArrivals];
 
+constexpr int kMostStages = 12;          // of the ring of tiles
 constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
 constexpr int kHalfBytes = 128 * kKeys;  // 64 dims of a tile
 
@@ -78,30 +81,31 @@ struct Config {
     static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
     // A thread's; at entry all have as many, and none grows beyond what another has given away.
     static constexpr int kEntryRegisters = 65536 / kBlocks / kThreads / 8 * 8;
-    static constexpr int kConsumerRegisters = kEntryRegisters == 128 ? 208 : 224;
-    static constexpr int kProducerRegisters = kEntryRegisters == 128 ? 48 : 56;
+    static constexpr int kConsumerRegisters = kEntryRegisters == 128 ? 208 : 216;
+    static constexpr int kProducerRegisters = kEntryRegisters == 128 ? 48 : 72;
     static_assert(kComputing * kConsumerRegisters + kProducers * kProducerRegisters <=
                   (kComputing + kProducers) * kEntryRegisters);
     static constexpr int kTileBytes = kKeys * kDim * 2;
-    static constexpr int kStages = (kFp8 ? 5 : kGroups == 1 ? 3 : 6) * (kDim == 64 ? 2 : 1);
     static constexpr int kRawStages = kFp8 ? 3 : 0;  // of tiles of K and V as they come
-
-    // Shared memory, from a multiple of 1024 on.
-    static constexpr int kV = kStages * kTileBytes;  // after K
-    static constexpr int kRaw = 2 * kStages * kTileBytes;
-    static constexpr int kBarriers = kRaw + kRawStages * kTileBytes;  // full K, V, free K, V
-    static constexpr int kNext = kBarriers + 4 * kStages * 8;         // `Next`
-    static constexpr int kSharedBytes = kNext + 24 + 1024;
     // A warpgroup still has V of its last tile when it waits for K of its next one.
-    static_assert(kStages >= 2 * kStep + 1);
-    static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024);
+    static constexpr int kLeastStages = 2 * kStep + 1;
+
+    // Shared memory, from a multiple of 1024 on: barriers, `Next`, raw tiles, and of each stage K
+    // and V.
+    static constexpr int kNext = 4 * kMostStages * 8;
+    static constexpr int kRaw = 1024;
+    static constexpr int kTiles = kRaw + kRawStages * kTileBytes;
+    static constexpr int shared_bytes(int stages) {
+        return 1024 + kTiles + 2 * stages * kTileBytes;
+    }
+    static_assert(kNext + 24 <= kRaw);
 };
 
 // What a block does: these rows of a KV head and tiles [lo, hi), of which those below `whole` hold
 // committed tokens alone and those below `cached` only what the cache holds already.
 struct Work {
     int batch, head_kv, first_row;
-    int split, num_splits;
+    int split;
     int length, nodes, keys;
     int whole, cached, lo, hi;
 
@@ -109,17 +113,16 @@ struct Work {
     // item: of `p.items` row blocks; else there is a block for each split of each
     template <typename C>
     __device__ __forceinline__ void set_rows(const AttentionParams& p, int item) {
-        num_splits = p.num_splits;
         if (C::kStay && p.items) {
             const int head = item / p.row_blocks;
             batch = head / p.heads_kv;
             head_kv = head - batch * p.heads_kv;
             split = 0;
-            first_row = (item - head * p.row_blocks) * C::kRows;
+            first_row = (item - head * p.row_blocks.value) * C::kRows;
         } else {
             batch = blockIdx.z;
-            head_kv = blockIdx.y / p.num_splits;
-            split = blockIdx.y - head_kv * p.num_splits;
+            head_kv = static_cast<int>(blockIdx.y) / p.num_splits;
+            split = blockIdx.y - head_kv * p.num_splits.value;
             first_row = blockIdx.x * C::kRows;
         }
         nodes = p.num_nodes ? p.num_nodes[batch] : p.size;
@@ -135,8 +138,9 @@ struct Work {
         whole = length / kKeys;
         cached = p.new_rows[0] ? whole : keys / kKeys;
         // The last split, whose tiles hold the nodes, has none too many.
-        lo = (tiles * split + num_splits - 1) / num_splits;
-        hi = (tiles * (split + 1) + num_splits - 1) / num_splits;
+        const int more = p.num_splits.value - 1;
+        lo = (tiles * split + more) / p.num_splits;
+        hi = (tiles * (split + 1) + more) / p.num_splits;
     }
 
     // What K's (0) or V's numbers in an fp8 cache are to be multiplied with.
@@ -146,25 +150,29 @@ struct Work {
 };
 
 // A place in the ring of tiles, and the parity of the phase in which it is filled.
-template <int kStages>
 struct Ring {
     int stage = 0;
     uint32_t phase = 0;
 
-    template <int kStep = 1>
-    __device__ __forceinline__ void advance() {
+    template <int kStep>
+    __device__ __forceinline__ void advance(const AttentionParams& p) {
         stage += kStep;
-        if (stage >= kStages) {
-            stage -= kStages;
+        if (stage >= p.stages.value) {
+            stage -= p.stages.value;
             phase ^= 1;
         }
     }
-    __device__ __forceinline__ void advance(int count) {
-        stage += count;
-        phase ^= stage / kStages & 1;
-        stage %= kStages;
+    __device__ __forceinline__ void advance(const AttentionParams& p, int count) {
+        const int rounds = (stage + count) / p.stages;
+        stage += count - rounds * p.stages.value;
+        phase ^= rounds & 1;
     }
 };
+
+// A barrier of K's (0) or V's (1) tile there; those that say that it is free are 2 further on.
+__device__ __forceinline__ uint32_t barrier_of(uint32_t barriers, int v, const Ring& ring) {
+    return barriers + (v * kMostStages + ring.stage) * 8;
+}
 
 // The number of the row block that a block which stays goes on with: one thread draws it and leaves
 // it in shared memory, behind a barrier that says that it is there and one that all have read it.
@@ -202,16 +210,18 @@ struct Producer {
 
     const AttentionParams& p;
     Work w;
-    uint32_t shared, barriers;
+    uint32_t tiles, raw_tiles, barriers;
     int index, thread;
     Next next;
     const int32_t* table = nullptr;  // of this request
-    Ring<C::kStages> ring = {};
+    Ring ring = {};
 
-    __device__ __forceinline__ uint32_t full(int v) const {
-        return barriers + (v * C::kStages + ring.stage) * 8;
-    }
+    __device__ __forceinline__ uint32_t full(int v) const { return barrier_of(barriers, v, ring); }
     __device__ __forceinline__ uint32_t free(int v) const { return full(v + 2); }
+
+    __device__ __forceinline__ uint32_t tile_of(int v) const {
+        return tiles + (2 * ring.stage + v) * C::kTileBytes;
+    }
 
     __device__ __forceinline__ int page(int slot) const {
         return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
@@ -222,7 +232,7 @@ struct Producer {
     __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map,
                                                  const CUtensorMap& v_map) {
         const int boxes = kKeys >> p.box_shift;  // of 64 dims of a tile
-        const int box = thread & (boxes - 1), half = thread / boxes;
+        const int box = thread & (boxes - 1), half = thread >> (6 - p.box_shift);
         const bool copies = half < C::kDim / 64 && (!p.pair || (box ^ blockIdx.x) % 2 == 0);
         const int end = min(w.cached, w.hi);
         int pages = 0, slot = w.lo * kKeys + (box << p.box_shift);
@@ -237,32 +247,30 @@ struct Producer {
                 block = __shfl_sync(~0u, pages, first + box);
             }
             slot += kKeys;
-            const uint32_t to = shared + ring.stage * C::kTileBytes + half * kHalfBytes +
-                                (box << p.box_shift) * 128;
+            const uint32_t to = tile_of(0) + half * kHalfBytes + (box << p.box_shift) * 128;
 #pragma unroll
             for (int v = 0; v < 2; ++v) {
                 barrier_wait(free(v), ring.phase ^ 1);
                 if (thread == 0) barrier_expect(full(v), C::kTileBytes);
                 __syncwarp();
                 if (copies) {
-                    copy_box(to + v * C::kV, v ? v_map : k_map, half * 64, inside, w.head_kv, block,
-                             full(v), p.pair);
+                    copy_box(to + v * C::kTileBytes, v ? v_map : k_map, half * 64, inside,
+                             w.head_kv, block, full(v), p.pair);
                 }
             }
             // All blocks fill their rings at once: where matrix products bound, two tiles come
             // before the rest. Where memory does, it never idles.
             if (C::kGroups == 2 && tile == w.lo + 1) barrier_wait(full(0), ring.phase);
-            ring.advance();
+            ring.advance<1>(p);
         }
     }
 
+    // Which block a slot lies in.
+    __device__ __forceinline__ int block_of(int slot) const { return table ? page(slot) : w.batch; }
+
     // Where a unit of a slot lies.
-    __device__ __forceinline__ int64_t place(const RowStrides& s, int slot) const {
-        int64_t block = w.batch;
-        if (table) {
-            block = page(slot);
-            slot &= (1 << p.page_shift) - 1;
-        }
+    __device__ __forceinline__ int64_t place(const RowStrides& s, int slot, int block) const {
+        if (table) slot &= (1 << p.page_shift) - 1;
         return block * s.block + slot * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
 
@@ -272,19 +280,21 @@ struct Producer {
                (slot - w.length) * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
 
-    __device__ __forceinline__ void copy_tail(int v, int start) const {
+    // blocks: of slots `start` + lane, and 32 further on
+    __device__ __forceinline__ void copy_tail(int v, int start, const int (&blocks)[2]) const {
         const int unit = thread % kUnits;
-        const uint32_t to = shared + v * C::kV + ring.stage * C::kTileBytes + unit / 8 * kHalfBytes;
+        const uint32_t to = tile_of(v) + unit / 8 * kHalfBytes;
         const T* cache = static_cast<const T*>(p.cache[v]);
-#pragma unroll 2
+#pragma unroll 1
         for (int row = thread / kUnits; row < kKeys; row += kPass) {
             const int slot = start + row;
+            const int block = __shfl_sync(~0u, row < 32 ? blocks[0] : blocks[1], row % 32);
             const bool ok = slot < w.keys;
             const T* from = cache;
             if (ok && p.new_rows[v] && slot >= w.length) {
                 from = new_row(v, slot);
             } else if (ok) {
-                from += place(p.strides[v], slot);
+                from += place(p.strides[v], slot, block);
             }
             copy_16_bytes(to + row * 128 + ((unit ^ row) & 7) * 16, from, ok);
         }
@@ -296,7 +306,7 @@ struct Producer {
         const int end = min(start + kKeys, w.keys);
 #pragma unroll 1
         for (int slot = max(start, w.length) + thread / kUnits; slot < end; slot += kPass) {
-            *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot)) =
+            *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot, block_of(slot))) =
                 *reinterpret_cast<const uint4*>(new_row(v, slot));
         }
     }
@@ -305,7 +315,7 @@ struct Producer {
     // later ----
 
     __device__ __forceinline__ uint32_t raw(int v, int stage) const {
-        return shared + C::kRaw + stage * C::kTileBytes + v * (C::kTileBytes / 2) + thread * 16;
+        return raw_tiles + stage * C::kTileBytes + v * (C::kTileBytes / 2) + thread * 16;
     }
 
     __device__ __forceinline__ void copy_raw(int v, int tile, int stage) const {
@@ -354,7 +364,7 @@ struct Producer {
             store_shared(raw(v, stage) + i * kGroupThreads * 16, x);
             if (w.first_row == 0) {  // nobody reads its slot there in this launch
                 Cached* cache = static_cast<Cached*>(p.cache[v]);
-                *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot)) = x;
+                *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot, block_of(slot))) = x;
             }
         }
     }
@@ -362,8 +372,7 @@ struct Producer {
     __device__ __forceinline__ void convert(int v, int stage) const {
         const int row = thread / kUnits, unit = thread % kUnits * 2;  // of the two that it becomes
         const uint32_t from = raw(v, stage);
-        const uint32_t tile = shared + v * C::kV + ring.stage * C::kTileBytes;
-        const uint32_t to = tile + unit / 8 * kHalfBytes + row * 128;
+        const uint32_t to = tile_of(v) + unit / 8 * kHalfBytes + row * 128;
         const uint32_t at[2] = {to + ((unit ^ row) & 7) * 16, to + ((unit + 1 ^ row) & 7) * 16};
 #pragma unroll
         for (int i = 0; i < kKeys / kPass; i += 2) {
@@ -399,7 +408,7 @@ struct Producer {
             if (thread == 0) barrier_arrive(full(v));
             copy_raw(v, tile + C::kRawStages, stage);
             stage = stage + 1 == C::kRawStages ? 0 : stage + 1;
-            ring.advance();
+            ring.advance<1>(p);
         }
     }
 
@@ -409,15 +418,24 @@ struct Producer {
         if (thread < 32) {
             cached_tiles(k_map, v_map);
         } else {
-            ring.advance(max(min(w.cached, w.hi) - w.lo, 0));
+            ring.advance(p, max(min(w.cached, w.hi) - w.lo, 0));
         }
         sync_threads<1, kGroupThreads>();  // a parity says nothing of a phase further ahead
+        // What the copies below are computed from is not to take registers above.
+        pin(w.batch);
+        pin(w.head_kv);
+        pin(thread);
 #pragma unroll 1
         for (int tile = max(w.lo, w.cached); tile < w.hi; ++tile) {
+            int blocks[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                blocks[i] = block_of(min(tile * kKeys + i * 32 + thread % 32, w.keys - 1));
+            }
 #pragma unroll 1
             for (int v = 0; v < 2; ++v) {
                 barrier_wait(free(v), ring.phase ^ 1);
-                copy_tail(v, tile * kKeys);
+                copy_tail(v, tile * kKeys, blocks);
             }
             wait_copies<0>();
             fence_for_wgmma();
@@ -430,7 +448,7 @@ struct Producer {
 #pragma unroll 1
                 for (int v = 0; v < 2; ++v) append(v, tile * kKeys);
             }
-            ring.advance();
+            ring.advance<1>(p);
         }
     }
 
@@ -463,10 +481,10 @@ struct RowPlace {
 
 __device__ __forceinline__ RowPlace row_place(const AttentionParams& p, const Work& w, int row) {
     const int of_head = w.first_row + row, node = of_head / p.group;
-    const int head = w.head_kv * p.group + of_head - node * p.group;
+    const int head = w.head_kv * p.group.value + of_head - node * p.group.value;
     return {node, node < p.size,
             w.batch * p.out_strides.block + node * p.out_strides.slot + head * p.out_strides.head,
-            (int64_t(w.batch) * p.heads_kv * p.group + head) * p.size + node};
+            (int64_t(w.batch) * p.heads_kv * p.group.value + head) * p.size + node};
 }
 
 // ---- consumer ----
@@ -477,24 +495,35 @@ struct Consumer {
     using Operand = typename C::Operand;
     static constexpr int kDim = C::kDim;
     static constexpr int kOut = kDim / 2 / C::kStep;  // results that a thread is left with
+    // Two warpgroups take turns to begin matrix products (FlashAttention-3's ping-pong): left
+    // alone they fall into step, both in their softmax at once, which costs up to 20%.
+    static constexpr bool kTurns = C::kGroups == 2;
+    static constexpr int kTurn = 5;  // barriers of the warpgroups
 
     const AttentionParams& p;
     Work w;
-    uint32_t shared, barriers;
+    uint32_t tiles, barriers;
     uint32_t free_barriers;  // those at which this lane arrives
     int group, lane;
     Next next;
-    Ring<C::kStages> k_ring = {}, v_ring = {};
+    Ring k_ring = {}, v_ring = {};
 
     uint32_t q[kDim / 16][4];
     float scores[2][kKeys / 2];
     uint32_t probs[kKeys / 16][4];
     float out[kDim / 2];
-    // Of both rows: what exponents, in base 2, refer to; how far scores may exceed that, or -inf
-    // while no key is seen; the sum of this thread's columns.
+    bool any;  // key in those tiles, else `out` has no meaning
+    // Of both rows: what exponents, in base 2, refer to; what scores may not exceed without moving
+    // that, -inf while no key is seen; the sum of this thread's columns.
     float base[2], limit[2], sum[2];
     float scale[2];    // of the rows' scores
     uint64_t word[2];  // the rows' first masks
+    // Of a block that stays: what it goes on with, if it does. Of rows whose Q is loaded already,
+    // as `word` and `scale`.
+    bool goes_on = false;
+    Work following;
+    uint64_t next_word[2];
+    float next_scale[2];
 
     // Row i of this thread, 0 or 1, in the block.
     __device__ __forceinline__ int row(int i) const {
@@ -509,16 +538,17 @@ struct Consumer {
 
     __device__ __forceinline__ int node(int i) const { return (w.first_row + row(i)) / p.group; }
 
-    __device__ __forceinline__ void load_q() {
+    __device__ __forceinline__ void load_q(const Work& w) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int r = w.first_row + row(i);
-            const int node = r / p.group, head = w.head_kv * p.group + r - node * p.group;
+            const int node = r / p.group;
+            const int head = w.head_kv * p.group.value + r - node * p.group.value;
             const bool ok = node < p.size;  // what rows of absent nodes come to is not used
             const T* from = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
                             int64_t(node) * p.q_strides.slot + int64_t(head) * p.q_strides.head +
                             lane % 4 * 2;
-            word[i] = ok ? p.mask[w.batch * p.mask_stride + int64_t(node) * p.words] : 0;
+            next_word[i] = ok ? p.mask[w.batch * p.mask_stride + int64_t(node) * p.words] : 0;
 #pragma unroll
             for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
@@ -527,17 +557,20 @@ struct Consumer {
                         ok ? *reinterpret_cast<const uint32_t*>(from + k * 16 + j * 8) : 0;
                 }
             }
-            scale[i] = p.scale;
+            next_scale[i] = p.scale;
         }
-        if constexpr (C::kFp8) narrow_q();
     }
 
     // Q as fp16: rows of bfloat16, which may exceed that, times powers of two that the scale of
-    // their scores makes up for.
-    __device__ __forceinline__ void narrow_q() {
+    // their scores makes up for, which is not negative then.
+    __device__ __forceinline__ void narrow_q(const Work& w) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (p.scales[0]) scale[i] *= p.scales[0][w.head_kv * p.scale_stride];
+            const float k_scale = w.cache_scale(p, 0);
+            next_scale[i] *= fabsf(k_scale);
+            const uint32_t flip = k_scale < 0.0f ? 0x80008000 : 0;
+#pragma unroll
+            for (int k = 0; k < kDim / 8; ++k) q[k / 2][k % 2 * 2 + i] ^= flip;
             if constexpr (std::is_same_v<T, __half>) continue;
             uint32_t top = 0;  // the greatest exponent
 #pragma unroll
@@ -549,7 +582,7 @@ struct Consumer {
             top = max(top, __shfl_xor_sync(~0u, top, 2));
             top = min(max(top >> 7, 1), 253);
             const float factor = __uint_as_float((254 - top) << 23);
-            scale[i] *= __uint_as_float(top << 23);
+            next_scale[i] *= __uint_as_float(top << 23);
 #pragma unroll
             for (int k = 0; k < kDim / 8; ++k) {
                 uint32_t& x = q[k / 2][k % 2 * 2 + i];
@@ -559,52 +592,65 @@ struct Consumer {
         }
     }
 
-    __device__ __forceinline__ void wait_full(int v, const Ring<C::kStages>& ring) const {
-        barrier_wait(barriers + (v * C::kStages + ring.stage) * 8, ring.phase);
+    __device__ __forceinline__ void wait_full(int v, const Ring& ring) const {
+        barrier_wait(barrier_of(barriers, v, ring), ring.phase);
     }
 
     // Asked some time before, so that nothing waits for the answer.
-    __device__ __forceinline__ bool is_full(int v, const Ring<C::kStages>& ring) const {
-        return barrier_test(barriers + (v * C::kStages + ring.stage) * 8, ring.phase);
+    __device__ __forceinline__ bool is_full(int v, const Ring& ring) const {
+        return barrier_test(barrier_of(barriers, v, ring), ring.phase);
     }
 
-    __device__ __forceinline__ void arrive_free(int v, const Ring<C::kStages>& ring) const {
+    __device__ __forceinline__ void arrive_free(int v, const Ring& ring) const {
         if (lane <= int(p.pair)) {  // in both blocks of a pair
-            barrier_arrive_in(free_barriers + (v * C::kStages + ring.stage) * 8);
+            barrier_arrive_in(barrier_of(free_barriers, v, ring));
         }
     }
 
-    // Begins scores[kNow], of the next tile of K in the ring. Past the last tile there is nothing
+    // Begins scores[kNow], of the next tile of K in the ring. Where there is none, there is nothing
     // to wait for, and what comes of whatever lies there is not used: a wgmma in a branch would
     // make the compiler wait for each.
     template <int kNow>
     __device__ __forceinline__ void begin_scores(bool waits) {
         if (waits) wait_full(0, k_ring);
-        const uint32_t k = matrix_place(shared + k_ring.stage * C::kTileBytes, 16);
+        const uint32_t k = matrix_place(tiles + 2 * k_ring.stage * C::kTileBytes, 16);
         pin(scores[kNow]);
         wgmma_begin();
         // A step of 16 dims is 32 bytes of a row; places count in 16.
-        wgmma<Operand, false, false>(scores[kNow], q[0], k);
+        wgmma<Operand, false>(scores[kNow], q[0], k, false);
 #pragma unroll
         for (int i = 1; i < kDim / 16; ++i) {
-            wgmma<Operand, false, true>(scores[kNow], q[i],
-                                        k + i / 4 * (kHalfBytes / 16) + i % 4 * 2);
+            wgmma<Operand, false>(scores[kNow], q[i], k + i / 4 * (kHalfBytes / 16) + i % 4 * 2,
+                                  true);
         }
         wgmma_commit();
     }
 
-    // Begins adding to `out` the probabilities times the next tile of V in the ring, which is
-    // there.
-    __device__ __forceinline__ void begin_out() {
-        const uint32_t v = matrix_place(shared + C::kV + v_ring.stage * C::kTileBytes, kHalfBytes);
+    // Those scores are there.
+    __device__ __forceinline__ void release_k() {
+        arrive_free(0, k_ring);
+        k_ring.template advance<C::kStep>(p);
+    }
+
+    // Begins adding to `out`, or sets it to, the probabilities times the next tile of V in the
+    // ring, which is there.
+    __device__ __forceinline__ void begin_out(bool adds) {
+        const uint32_t v = matrix_place(tiles + (2 * v_ring.stage + 1) * C::kTileBytes, kHalfBytes);
         pin(out);
         pin(probs);
         wgmma_begin();
+        wgmma<Operand, true>(out, probs[0], v, adds);
 #pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) {  // 16 keys are 2048 bytes
-            wgmma<Operand, true, true>(out, probs[i], v + i * (2048 / 16));
+        for (int i = 1; i < kKeys / 16; ++i) {  // 16 keys are 2048 bytes
+            wgmma<Operand, true>(out, probs[i], v + i * (2048 / 16), true);
         }
         wgmma_commit();
+    }
+
+    // That product is there.
+    __device__ __forceinline__ void release_v() {
+        arrive_free(1, v_ring);
+        v_ring.template advance<C::kStep>(p);
     }
 
     // Bits of the 64 keys from `start` on that row i of this thread attends to.
@@ -615,8 +661,10 @@ struct Consumer {
         uint64_t bits;
         if (first <= -64) {  // committed tokens alone
             bits = ~uint64_t(0);
-        } else if (first < 0) {  // committed tokens first
+        } else if (first <= 0) {  // committed tokens first
             bits = word[i] << -first | ((uint64_t(1) << -first) - 1);
+        } else if (first < 64 && p.words == 1) {
+            bits = word[i] >> first;
         } else {
             const int node = this->node(i), shift = first % 64;
             bits = 0;
@@ -655,30 +703,32 @@ struct Consumer {
         return fmaxf(top[0], top[1]);
     }
 
+    // Of the scores of row i, for exponents of 2; not negative.
+    __device__ __forceinline__ float factor(int i) const { return C::kFp8 ? scale[i] : p.scale; }
+
     // One step of the online softmax, from scores to probabilities. Returns whether `out` is to be
     // multiplied by `shrink`; the whole warp agrees. Threads that share a row compare their scores
     // only where the reference moves.
     __device__ __forceinline__ bool softmax(float (&s)[kKeys / 2], float (&shrink)[2]) {
+        float top[2];
+        bool exceeds = false;
 #pragma unroll
-        for (int j = 0; j < kKeys / 2; ++j)
-            s[j] = fmaf(s[j], C::kFp8 ? scale[j / 2 % 2] : p.scale, -base[j / 2 % 2]);
-        float top[2] = {greatest(s, 0), greatest(s, 1)};
-        const bool moves = __any_sync(~0u, top[0] > limit[0] || top[1] > limit[1]);
+        for (int i = 0; i < 2; ++i) {
+            top[i] = greatest(s, i) * factor(i);
+            exceeds |= top[i] > limit[i];
+        }
+        const bool moves = __any_sync(~0u, exceeds);
         if (moves) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 1));
                 top[i] = fmaxf(top[i], __shfl_xor_sync(~0u, top[i], 2));
-                const float before = reference(i), moved = fmaxf(before, base[i] + top[i]);
+                const float before = reference(i), moved = fmaxf(before, top[i]);
                 if (moved == -INFINITY) continue;  // no key seen yet
                 shrink[i] = exp2_approx(before - moved);
                 sum[i] *= shrink[i];
-#pragma unroll
-                for (int j = 0; j < kKeys / 4; ++j) {
-                    s[j / 2 * 4 + i * 2 + j % 2] += base[i] - moved;
-                }
                 base[i] = moved;
-                limit[i] = kLazy;
+                limit[i] = moved + kLazy;
             }
         }
 #pragma unroll
@@ -687,7 +737,7 @@ struct Consumer {
 #pragma unroll
             for (int j = 0; j < kKeys / 4; ++j) {
                 float& x = s[j / 2 * 4 + i * 2 + j % 2];
-                x = exp2_approx(x);
+                x = exp2_approx(fmaf(x, factor(i), -base[i]));
                 sums[j % 2] += x;
             }
             sum[i] += sums[0] + sums[1];
@@ -695,34 +745,61 @@ struct Consumer {
         return moves;
     }
 
-    // The softmax of a tile whose scores are there, under the last tile's product with V and the
-    // next tile's scores.
+    // The softmax of a tile whose scores are there and which is not the last one, under the next
+    // tile's scores and the last tile's product with V.
     template <int kNow, bool kFirst, bool kMask>
     __device__ __forceinline__ void step(int tile) {
-        const bool more = tile + C::kStep < w.hi, k_full = is_full(0, k_ring);
-        if constexpr (!kFirst) begin_out();
-        begin_scores<1 - kNow>(more && !k_full);
-        const Ring<C::kStages> v_now = v_ring;
-        if constexpr (!kFirst) v_ring.template advance<C::kStep>();
-        const bool v_full = is_full(1, v_ring);  // the next product's
-
-        if (kMask && tile >= w.whole) hide(scores[kNow], tile);
-        float shrink[2] = {1.0f, 1.0f};
-        const bool moves = softmax(scores[kNow], shrink);
-        pin(scores[kNow]);
-        // Asks for the sums, of which none is negative: else the assembler, which cannot know,
-        // moves the wait for the matrix products up to where the softmax begins.
-        if (!v_full || sum[0] + sum[1] < 0.0f) wait_full(1, v_ring);
-        wgmma_wait<0>();
-        pin(out);
+        const bool k_full = is_full(0, k_ring);
+        // Where memory bounds, the product frees its tile the sooner; where matmuls do, it would
+        // hold up the scores' instructions: eight can be under way.
+        if constexpr (!kFirst && !kTurns) begin_out(true);
+        if constexpr (kTurns) sync_threads(kTurn + group, 2 * kGroupThreads);
+        begin_scores<1 - kNow>(!k_full);
+        if constexpr (!kFirst && kTurns) begin_out(true);
+        if constexpr (kTurns) arrive_threads(kTurn + 1 - group, 2 * kGroupThreads);
+        Ring v_next = v_ring;
+        if constexpr (!kFirst) v_next.template advance<C::kStep>(p);
+        float shrink[2];
+        const bool moves = probabilities<kMask>(scores[kNow], tile, v_next, shrink);
         pin(scores[1 - kNow]);
-        if constexpr (!kFirst) arrive_free(1, v_now);
-        if (more) {
-            arrive_free(0, k_ring);
-            k_ring.template advance<C::kStep>();
-        }
+        if constexpr (!kFirst) release_v();
+        release_k();
         if (!kFirst && moves) rescale(shrink);
         pack_probs(scores[kNow]);
+    }
+
+    // From a tile's scores to what is to be packed, and on until all matrix products that are under
+    // way and the next one's V are there. Returns whether `out` is to be multiplied by `shrink`.
+    template <bool kMask>
+    __device__ __forceinline__ bool probabilities(float (&s)[kKeys / 2], int tile,
+                                                  const Ring& v_next, float (&shrink)[2]) {
+        const bool v_full = is_full(1, v_next);
+        if (kMask && tile >= w.whole) hide(s, tile);
+        shrink[0] = shrink[1] = 1.0f;
+        const bool moves = softmax(s, shrink);
+        pin(s);
+        // Asks for the sums, of which none is negative: else the assembler, which cannot know,
+        // moves the wait for the matrix products up to where the softmax begins.
+        if (!v_full || sum[0] + sum[1] < 0.0f) wait_full(1, v_next);
+        wgmma_wait<0>();
+        pin(out);
+        return moves;
+    }
+
+    // The last tile's softmax, whose scores are in scores[1], and its product with V, which is left
+    // under way. Of a block that goes on, Q of the row block that it goes on with is loaded.
+    __device__ __forceinline__ void last_step(int tile, bool only) {
+        begin_out(true);  // of nothing, if this is the only tile; not used then
+        if constexpr (C::kStay) {
+            if (p.items) look_ahead();
+        }
+        Ring v_next = v_ring;
+        if (!only) v_next.template advance<C::kStep>(p);
+        float shrink[2];
+        const bool moves = probabilities<true>(scores[1], tile, v_next, shrink);
+        if (!only) release_v();
+        if (moves) rescale(shrink);
+        pack_probs(scores[1]);
     }
 
     __device__ __forceinline__ void rescale(const float (&shrink)[2]) {
@@ -737,45 +814,80 @@ struct Consumer {
         }
     }
 
-    // All tiles of this split, whose Q is there: leaves `out`, not yet divided by the sums.
+    // All tiles of this split, whose first scores are under way: leaves `out`, not yet divided by
+    // the sums, and, of a block that goes on, the first scores of the next row block under way.
     __device__ __forceinline__ void attend() {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) out[i] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
+            word[i] = next_word[i];
+            scale[i] = next_scale[i];
             limit[i] = -INFINITY;
             base[i] = sum[i] = 0.0f;
         }
+        goes_on = false;
         int tile = w.lo + (C::kShares ? group : 0);
-        if (tile < w.hi) {
-            begin_scores<0>(true);
-            wgmma_wait<0>();
-            pin(scores[0]);
-            arrive_free(0, k_ring);
-            k_ring.template advance<C::kStep>();
-            step<0, true, true>(tile);
-            tile += C::kStep;
-            // Most tiles hold committed tokens alone: their loop has no code for masks. Not worth
-            // reading where it runs a few times.
-            const int whole = w.hi - tile > 7 * C::kStep ? min(w.hi, w.whole) : 0;
+        const bool only = tile + C::kStep >= w.hi;
+        any = tile < w.hi;
+        wgmma_wait<0>();
+        pin(scores[0]);
+        if (any) {
+            release_k();
+            if (!only) {
+                step<0, true, true>(tile);
+                tile += C::kStep;
+                // Most tiles hold committed tokens alone: their loop has no code for masks. Not
+                // worth reading where it runs a few times.
+                const int whole = w.hi - tile > 7 * C::kStep ? min(w.hi, w.whole) : 0;
 #pragma unroll 1
-            for (; tile + C::kStep < whole; tile += 2 * C::kStep) {
-                step<1, false, false>(tile);
-                step<0, false, false>(tile + C::kStep);
-            }
+                for (; tile + 2 * C::kStep < whole; tile += 2 * C::kStep) {
+                    step<1, false, false>(tile);
+                    step<0, false, false>(tile + C::kStep);
+                }
 #pragma unroll 1
-            for (; tile < w.hi; tile += C::kStep) {
-                step<1, false, true>(tile);
-#pragma unroll
-                for (int i = 0; i < kKeys / 2; ++i) scores[1][i] = scores[0][i];
+                for (; tile + C::kStep < w.hi; tile += C::kStep) {
+                    step<1, false, true>(tile);
+                    keep_scores();
+                }
+            } else {
+                keep_scores();
             }
-            begin_out();
-            wgmma_wait<0>();
-            pin(out);
-            arrive_free(1, v_ring);
-            v_ring.template advance<C::kStep>();
+            last_step(tile, only);
+        } else if (C::kStay && p.items) {
+            look_ahead();
         }
+        begin_out(!only);
+        if constexpr (C::kStay) {
+            if (goes_on) {
+                following.set_tiles(p);
+                if constexpr (C::kFp8) narrow_q(following);
+            }
+            begin_scores<0>(goes_on && following.lo < following.hi);
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
+        }
+        pin(out);
+        if (any) release_v();
         if constexpr (C::kShares) join();
+    }
+
+    __device__ __forceinline__ void keep_scores() {
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) scores[1][i] = scores[0][i];
+    }
+
+    // Which row block this block goes on with, if any: loads its lengths and Q.
+    __device__ __forceinline__ void look_ahead() {
+        const int item = next.take();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(next.free());
+        goes_on = item < p.items;
+        if (goes_on) {
+            following.template set_rows<C>(p, item);
+            load_q(following);
+        }
     }
 
     // Two warpgroups that share rows: each gives the other what it has of one half of the dims, and
@@ -784,7 +896,7 @@ struct Consumer {
         constexpr int kGiven = kOut / 4;  // of 16 bytes
         const int thread = threadIdx.x % kGroupThreads;
         const auto place = [&](int of, int i) {
-            return shared + ((of * (kGiven + 1) + i) * kGroupThreads + thread) * 16;
+            return tiles + ((of * (kGiven + 1) + i) * kGroupThreads + thread) * 16;
         };
         const auto give = [&](const float* from) {
 #pragma unroll
@@ -794,6 +906,7 @@ struct Consumer {
                               __float_as_uint(from[i + 2]), __float_as_uint(from[i + 3])});
             }
         };
+        clear_unless_any();
         sync_threads<2, 2 * kGroupThreads>();  // the tiles' memory is free
         const float mine[2] = {reference(0), reference(1)};
         store_shared(place(group, kGiven), {__float_as_uint(mine[0]), __float_as_uint(mine[1]),
@@ -826,6 +939,12 @@ struct Consumer {
             out[i + 2] = fmaf(__uint_as_float(x.z), add[1], out[i + 2] * keep[1]);
             out[i + 3] = fmaf(__uint_as_float(x.w), add[1], out[i + 3] * keep[1]);
         }
+    }
+
+    // Zeros in place of what a warpgroup without tiles is left with.
+    __device__ __forceinline__ void clear_unless_any() {
+#pragma unroll
+        for (int i = 0; i < kDim / 2; ++i) out[i] = any ? out[i] : 0.0f;
     }
 
     // Of row i, over the quad of threads that share it.
@@ -873,32 +992,26 @@ struct Consumer {
     // A split, whose results are left in `out`, or unsplit row blocks, this one and those that the
     // block goes on with.
     __device__ __forceinline__ void run() {
-        load_q();  // before the lengths are there
+        load_q(w);  // before the lengths are there
+        if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
+        if (kTurns && group == 1) arrive_threads(kTurn, 2 * kGroupThreads);  // the other's first
+        begin_scores<0>(w.lo + (C::kShares ? group : 0) < w.hi);
 #pragma unroll 1
         for (;;) {
             attend();
-            if (p.num_splits > 1) break;
-            const Work of = w;
-            bool more = false;
-            if (C::kStay && p.items) {
-                const int item = next.take();
-                __syncwarp();
-                if (lane == 0) barrier_arrive(next.free());
-                more = item < p.items;
-                if (more) {
-                    w.template set_rows<C>(p, item);
-                    load_q();  // comes while the results are written
-                    w.set_tiles(p);
-                }
-            }
-            write(of);
-            if (!more) break;
+            if (p.num_splits.value > 1) break;
+            write(w);
+            if (!goes_on) break;
+            w = following;
         }
+        if (kTurns && group == 0) sync_threads(kTurn, 2 * kGroupThreads);  // has none any more
+        if constexpr (C::kStay) wgmma_wait<0>();
     }
 
     // Leaves this split's results in memory, as `merge` takes them.
-    __device__ __forceinline__ void publish(float4* partial, float2* stats) const {
+    __device__ __forceinline__ void publish(float4* partial, float2* stats) {
+        if constexpr (!C::kShares) clear_unless_any();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float total = row_sum(i);
@@ -929,8 +1042,8 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
     constexpr int kParts = C::kRows / 16 * 4;
     constexpr int kSplit = C::kRows * C::kDim / 4;  // of one split's results
     constexpr int kSplits = 8;                      // at once
-    const int last = kParts * (w.split + 1) / w.num_splits;
-    int part = kParts * w.split / w.num_splits + warp;
+    const int last = kParts * (w.split + 1) / p.num_splits;
+    int part = kParts * w.split / p.num_splits + warp;
     RowPlace place[2];
     const auto set_places = [&] {
 #pragma unroll
@@ -948,7 +1061,7 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
         const float2* stat = stats + part / 4 * 16 + lane / 4;
         float total[2][kColumns][2] = {}, reference[2] = {-INFINITY, -INFINITY}, sum[2] = {};
 #pragma unroll 1
-        for (int left = w.num_splits; left > 0; left -= kSplits) {
+        for (int left = p.num_splits.value; left > 0; left -= kSplits) {
             float4 x[kSplits][kColumns];
             float2 its[2][kSplits];
 #pragma unroll
@@ -1021,13 +1134,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         (sizeof(p) + 63) / 64) {  // all lines of the parameters at once, not one by one
         asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&p)[threadIdx.x * 16]));
     }
-    const uint32_t shared = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
-    const uint32_t barriers = shared + C::kBarriers, next = shared + C::kNext;
+    const uint32_t barriers = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
+    const uint32_t next = barriers + C::kNext, tiles = barriers + C::kTiles;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < C::kStages; ++i) {
+        for (int i = 0; i < p.stages.value; ++i) {
             for (int v = 0; v < 2; ++v) {
-                barrier_init(barriers + (v * C::kStages + i) * 8, 1);
-                barrier_init(barriers + ((v + 2) * C::kStages + i) * 8,
+                barrier_init(barrier_of(barriers, v, {i}), 1);
+                barrier_init(barrier_of(barriers, v + 2, {i}),
                              C::kComputing / C::kStep * 4 * (p.pair ? 2 : 1));  // warps
             }
         }
@@ -1055,7 +1168,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         w.set_tiles(p);
         Producer<C> producer{p,
                              w,
-                             shared,
+                             tiles,
+                             barriers + C::kRaw,
                              barriers,
                              C::kProducers > 1 ? group - C::kComputing : 0,
                              int(threadIdx.x) % kGroupThreads,
@@ -1066,29 +1180,30 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     } else {
         grow_registers<C::kConsumerRegisters>();
         const int lane = threadIdx.x % 32;
-        const uint32_t free_barriers = barriers + 2 * C::kStages * 8;
+        const uint32_t free_barriers = barrier_of(barriers, 2, {});
         Consumer<C> consumer{p,
                              w,
-                             shared,
+                             tiles,
                              barriers,
                              address_in_block(free_barriers, p.pair ? (blockIdx.x ^ lane) & 1 : 0),
                              group,
                              lane,
                              {p, next}};
         if (C::kShares && group == 1) {
-            consumer.k_ring.advance();
-            consumer.v_ring.advance();
+            consumer.k_ring.template advance<1>(p);
+            consumer.v_ring.template advance<1>(p);
         }
         consumer.run();
         __syncwarp();
         if (p.pair) cluster_arrive();
 
-        if (p.num_splits > 1) {
+        if (p.num_splits.value > 1) {
             const Work& done = consumer.w;
             constexpr int kConsumers = C::kComputing * kGroupThreads;
             const int64_t row_block =
                 (int64_t(done.batch) * p.heads_kv + done.head_kv) * gridDim.x + blockIdx.x;
-            const int64_t rows = row_block * done.num_splits * C::kRows;  // before this row block's
+            const int64_t rows =
+                row_block * p.num_splits.value * C::kRows;  // before this row block's
             float4* partial = p.partial + rows * (C::kDim / 4);
             float2* stats = p.stats + rows;
             consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
@@ -1096,7 +1211,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             sync_threads<2, kConsumers>();
             bool waits = false;
             uint32_t* counter = split_arrivals + p.first_arrival + row_block;
-            if (threadIdx.x == 0) waits = !arrive(counter, done.num_splits);
+            if (threadIdx.x == 0) waits = !arrive(counter, p.num_splits.value);
             merge<C>(p, done, partial, stats, threadIdx.x / 32, lane, [&] {
                 while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
                 }
@@ -1110,17 +1225,23 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 // ---- host ----
 
 ArrivalTurns arrival_turns;
+constexpr int kMostSharedBytes = 227 * 1024;  // of a block
 
 template <typename C>
 void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_map,
             const CUtensorMap& v_map, cudaStream_t stream) {
     const auto kernel = tree_attention_kernel<C>;
+    const int shared_bytes = C::shared_bytes(p.stages.value);
+    MK_CHECK_VALUE(p.stages.value >= C::kLeastStages && p.stages.value <= kMostStages &&
+                       shared_bytes <= kMostSharedBytes,
+                   "stages: expected from ", C::kLeastStages, " on, in ", kMostSharedBytes,
+                   " bytes, got ", p.stages.value);
     int device;
     STD_CUDA_CHECK(cudaGetDevice(&device));
     static std::atomic<uint64_t> known;  // devices on which the kernel may have its shared memory
     if (device >= 64 || !(known >> device & 1)) {
         STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            C::kSharedBytes));
+                                            kMostSharedBytes));
         if (device < 64) known |= uint64_t(1) << device;
     }
     const int64_t blocks = plan.row_blocks * plan.heads_kv * plan.batch;
@@ -1136,7 +1257,7 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
         p.first_arrival = arrival_turns.claim(1, stream);
     }
     config.blockDim = dim3(C::kThreads);
-    config.dynamicSmemBytes = C::kSharedBytes;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
     if (plan.pair) {

@@ -31,6 +31,7 @@ struct AttentionPlan {
     int64_t groups;                              // of 64 rows in a row block
     int64_t row_blocks;                          // of a KV head
     int64_t num_splits;
+    int64_t stages;    // of the ring of tiles
     int64_t pair;      // of row blocks, in a cluster
     int64_t resident;  // blocks that the device holds at once
     RowStrides q, k_cache, v_cache, k, v, out;
@@ -59,6 +60,23 @@ enum Address {
     kWork
 };
 
+// Divides by multiplying: x / value for 0 <= x and x * value < 2^32.
+struct Divisor {
+    int32_t value;
+    uint32_t inverse;  // 2^32 / value, rounded up; 0 for 1
+};
+
+inline Divisor divisor(int64_t value) {
+    const uint64_t inverse = ((uint64_t(1) << 32) + uint64_t(value) - 1) / uint64_t(value);
+    return {static_cast<int32_t>(value), static_cast<uint32_t>(inverse)};
+}
+
+#ifdef __CUDACC__
+__device__ __forceinline__ int operator/(int x, const Divisor& by) {
+    return by.inverse ? static_cast<int>(__umulhi(x, by.inverse)) : x;
+}
+#endif
+
 struct AttentionParams {
     const void* q;                 // [B, T, H, D]
     void* cache[2];                // K, V: [B or blocks, slots, Hkv, D]
@@ -78,13 +96,15 @@ struct AttentionParams {
     int64_t mask_stride, table_stride;  // of a request
     int64_t scale_stride;               // of a KV head
     int32_t size;                       // T
-    int32_t heads_kv, group, words;
+    int32_t heads_kv, words;
     int32_t capacity;  // slots of a request
     int32_t num_blocks, page_shift;
     int32_t box_shift;  // log2 of the slots that the TMA copies at once
-    int32_t num_splits;
+    Divisor group;      // query heads of a KV head
+    Divisor num_splits;
+    Divisor stages;         // of the ring of tiles
+    Divisor row_blocks;     // of a KV head
     int32_t first_arrival;  // of this launch's counters in `split_arrivals`
-    int32_t row_blocks;     // of a KV head
     int32_t items;          // row blocks of all, drawn by blocks that stay; 0: a block for each
     bool pair;              // blocks 2 i and 2 i + 1 copy for each other
     float scale;            // of scores, for exponents of 2
@@ -118,12 +138,13 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.scale_stride = plan.scale_stride;
     p.size = static_cast<int32_t>(plan.size);
     p.heads_kv = static_cast<int32_t>(plan.heads_kv);
-    p.group = static_cast<int32_t>(plan.group);
+    p.group = divisor(plan.group);
     p.words = static_cast<int32_t>(plan.words);
     p.num_blocks = static_cast<int32_t>(plan.num_blocks);
     p.capacity = static_cast<int32_t>(plan.block_size);
-    p.num_splits = static_cast<int32_t>(plan.num_splits);
-    p.row_blocks = static_cast<int32_t>(plan.row_blocks);
+    p.num_splits = divisor(plan.num_splits);
+    p.stages = divisor(plan.stages);
+    p.row_blocks = divisor(plan.row_blocks);
     p.pair = plan.pair != 0;
     p.box_shift = p.pair ? 5 : 6;  // half a tile each
     if (plan.max_blocks) {

@@ -54,6 +54,11 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Arrives at it, and does not wait.
+__device__ __forceinline__ void arrive_threads(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
     uint32_t x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
@@ -221,7 +226,7 @@ __device__ __forceinline__ uint32_t matrix_place(uint32_t address, uint32_t far)
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                   \
                  " {" MK_REGISTERS_32 "}, {%32, %33, %34, %35}, b, add, 1, 1, %38;\n}"         \
                  : MK_F32(d, 0)                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "n"(int(kAdd)),     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "r"(int(adds)),     \
                    "n"(int(kTransposed)))
 #define MK_WGMMA_128(type)                                                                     \
     asm volatile("{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %69, 0;\n"                \
@@ -229,13 +234,15 @@ __device__ __forceinline__ uint32_t matrix_place(uint32_t address, uint32_t far)
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                  \
                  " {" MK_REGISTERS_64 "}, {%64, %65, %66, %67}, b, add, 1, 1, %70;\n}"         \
                  : MK_F64(d)                                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "n"(int(kAdd)),     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "r"(int(adds)),     \
                    "n"(int(kTransposed)))
 // clang-format on
 
-// place: B's. kTransposed: B's rows lie in shared memory as rows, not as columns.
-template <typename T, bool kTransposed, bool kAdd>
-__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint32_t place) {
+// place: B's. kTransposed: B's rows lie in shared memory as rows, not as columns. adds: to D, else
+// sets it.
+template <typename T, bool kTransposed>
+__device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint32_t place,
+                                      bool adds) {
     if constexpr (std::is_same_v<T, __half>) {
         MK_WGMMA_64("f16");
     } else {
@@ -243,8 +250,9 @@ __device__ __forceinline__ void wgmma(float (&d)[32], const uint32_t (&a)[4], ui
     }
 }
 
-template <typename T, bool kTransposed, bool kAdd>
-__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint32_t place) {
+template <typename T, bool kTransposed>
+__device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], uint32_t place,
+                                      bool adds) {
     if constexpr (std::is_same_v<T, __half>) {
         MK_WGMMA_128("f16");
     } else {
@@ -256,6 +264,8 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], ui
 __device__ __forceinline__ void pin(float (&x)[32]) { asm volatile("" : MK_F32(x, 0)::"memory"); }
 
 __device__ __forceinline__ void pin(float (&x)[64]) { asm volatile("" : MK_F64(x)::"memory"); }
+
+__device__ __forceinline__ void pin(int32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 
 __device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)::"memory"); }
 

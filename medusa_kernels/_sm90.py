@@ -21,7 +21,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "bytes", "half", "fp8", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size",
-            "max_blocks", "words", "groups", "row_blocks", "num_splits", "pair", "resident",
+            "max_blocks", "words", "groups", "row_blocks", "num_splits", "stages", "pair", "resident",
         )),
         *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("mask_stride", "table_stride", "scale_stride")),
@@ -69,6 +69,7 @@ class Launch:
 def prepare(
     q, k_cache, v_cache, k, v, packed_mask, block_table, sinks, k_scale, window, softcap, softmax_scale, out, num_sms,
     groups: int | None = None, num_splits: int | None = None, pair: bool | None = None,
+    stages: int | None = None,
 ) -> Launch | None:  # fmt: skip
     """The launch that does what these arguments ask, or None where it cannot, or where Triton's is faster.
 
@@ -83,6 +84,7 @@ def prepare(
         or sinks is not None
         or window
         or softcap
+        or softmax_scale <= 0
         or _kernel() is None
     ):
         return None
@@ -105,6 +107,8 @@ def prepare(
     groups, num_splits = chosen[0], chosen[1] if num_splits is None else num_splits
     row_blocks = math.ceil(rows / (64 * groups))
     blocks = batch * heads_kv * row_blocks
+    if max(capacity * MAX_SPLITS, (rows + 128) * heads, blocks * row_blocks) >= 2**32:  # what `Divisor` divides
+        return None
     resident = _resident(groups, num_sms, fp8)
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
@@ -112,9 +116,11 @@ def prepare(
         pair = not fp8 and paged and block_size < 32 and groups == 2 and row_blocks % 2 == 0
     elif pair and (fp8 or row_blocks % 2):
         raise ValueError(f"pair: expected False for {row_blocks} row blocks{' and an fp8 cache' * fp8}, got True")
+    if stages is None:
+        stages = _stages(groups, fp8, dim, math.ceil(capacity / KEYS / num_splits))
     plan = _Plan(
         ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
-        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, pair, resident,
+        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages, pair, resident,
         *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
         packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
         block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
@@ -160,6 +166,13 @@ def choose(
 def _resident(groups: int, num_sms: int, fp8: bool) -> int:
     """Blocks that the GPU holds at once: with one warpgroup, which is for what memory bounds, two a multiprocessor."""
     return num_sms * (2 if groups == 1 and not fp8 else 1)
+
+
+def _stages(groups: int, fp8: bool, dim: int, tiles: int) -> int:
+    """Of the ring of tiles. One warpgroup's is short, so that two blocks share a multiprocessor, and as more would cost
+    5% where memory bounds; of few tiles all are asked for at once."""
+    least, most = (5, 5) if fp8 else (3, 6) if groups == 1 else (6, 6)
+    return (tiles if groups == 1 and least < tiles <= most else least) * (128 // dim)
 
 
 def _is_triton_faster(rows: int, capacity: int, num_splits: int) -> bool:
