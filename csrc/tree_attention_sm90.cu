@@ -5,14 +5,13 @@
 // read once for the group. A block has one or two warpgroups that compute, each on 64 rows, and one
 // that fills a ring of tiles of 64 keys for them: by TMA while all of a tile's slots lie in the
 // cache, else by cp.async, which puts zeros in slots of nobody and takes appended rows from `k` and
-// `v`. Two blocks with rows of the same KV head form a pair (a cluster): each copies half of what
-// the TMA brings to both, as the L2 cannot feed all blocks with a copy of their own. Slots are one
-// sequence, committed tokens then nodes; a tile with nodes has a word of bits for each row, which
-// is the only mask there is.
+// `v`. Slots are one sequence, committed tokens then nodes; a tile with nodes has a word of bits
+// for each row, which is the only mask there is.
 //
-// Tiles of an fp8 cache are converted to fp16 on their way, by two warpgroups, one for K and one
-// for V, which copy them with cp.async; two warpgroups compute, on 64 rows each or, where a block
-// has 64 rows in all, on tiles in turn.
+// Of an fp8 cache K is multiplied as it is, with Q as a sum of two fp8 matrices, which is exact for
+// bfloat16. V, which the tensor cores take in columns of fp16 alone, is converted by one warpgroup
+// more, from one ring into another. Two warpgroups compute, on 64 rows each or, where a block has
+// 64 rows in all, on tiles in turn.
 //
 // A warpgroup keeps Q in registers and takes the softmax of tile j while the tensor cores work on
 // the scores of tile j + 1 and on the probabilities of tile j - 1 with V; two warpgroups take turns
@@ -58,13 +57,12 @@ constexpr int kMostStages = 12;          // of the ring of tiles
 constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
 constexpr int kHalfBytes = 128 * kKeys;  // 64 dims of a tile
 
-// T: of q, k, v and the results. Fp8: the cache's; its tiles are converted to fp16, which holds
-// e4m3 exactly.
+// T: of q, k, v and the results. Fp8: the cache's, e4m3, which fp16 holds exactly.
 template <typename T_, int kDim_, int kGroups_, bool kFp8_>
 struct Config {
     using T = T_;
     static constexpr bool kFp8 = kFp8_;
-    using Operand = std::conditional_t<kFp8, __half, T>;  // of the tensor cores
+    using Operand = std::conditional_t<kFp8, __half, T>;  // of products with V
     using Cached = std::conditional_t<kFp8, uint8_t, T>;
     static constexpr int kDim = kDim_;
     static constexpr int kGroups = kGroups_;  // of 64 rows
@@ -75,7 +73,7 @@ struct Config {
     static constexpr int kComputing = kFp8 ? 2 : kGroups;
     static constexpr bool kShares = kComputing > kGroups;
     static constexpr int kStep = kShares ? 2 : 1;    // from a warpgroup's tile to its next one
-    static constexpr int kProducers = kFp8 ? 2 : 1;  // for fp8, of K and of V
+    static constexpr int kProducers = kFp8 ? 2 : 1;  // for fp8, one that converts
     static constexpr int kThreads = (kComputing + kProducers) * kGroupThreads;
     // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
     static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
@@ -85,20 +83,28 @@ struct Config {
     static constexpr int kProducerRegisters = kEntryRegisters == 128 ? 48 : 72;
     static_assert(kComputing * kConsumerRegisters + kProducers * kProducerRegisters <=
                   (kComputing + kProducers) * kEntryRegisters);
-    static constexpr int kTileBytes = kKeys * kDim * 2;
-    static constexpr int kRawStages = kFp8 ? 3 : 0;  // of tiles of K and V as they come
+    static constexpr int kTerms = kFp8 ? 2 : 1;  // matrices that make up Q
+    // Of a row of K or V as it comes, and of a tile.
+    static constexpr int kRowBytes = kDim * (kFp8 ? 1 : 2);
+    static constexpr int kTileBytes = kKeys * kRowBytes;
     // A warpgroup still has V of its last tile when it waits for K of its next one.
-    static constexpr int kLeastStages = 2 * kStep + 1;
+    static constexpr int kLeastStages = kFp8 ? 4 : 2 * kStep + 1;
+    static constexpr int kConverted = kFp8 ? 5 : 0;  // stages of the ring of V as fp16
+    static constexpr int kConvertedBytes = kKeys * kDim * 2;
+    static constexpr int kVStep = kFp8 ? kConvertedBytes : 2 * kTileBytes;  // of that which is read
 
-    // Shared memory, from a multiple of 1024 on: barriers, `Next`, raw tiles, and of each stage K
-    // and V.
-    static constexpr int kNext = 4 * kMostStages * 8;
-    static constexpr int kRaw = 1024;
-    static constexpr int kTiles = kRaw + kRawStages * kTileBytes;
+    // Shared memory, from a multiple of 1024 on: barriers of both rings, `Next`, converted tiles,
+    // and of each stage K and V.
+    static constexpr int kConvertedBarriers = 4 * kMostStages * 8;
+    // From the barriers of the V that is multiplied to those that say that it is free.
+    static constexpr int kFreeV = (kFp8 ? kConverted : 2 * kMostStages) * 8;
+    static constexpr int kNext = kConvertedBarriers + 2 * kConverted * 8;
+    static constexpr int kConvertedTiles = 1024;
+    static constexpr int kTiles = kConvertedTiles + kConverted * kConvertedBytes;
     static constexpr int shared_bytes(int stages) {
         return 1024 + kTiles + 2 * stages * kTileBytes;
     }
-    static_assert(kNext + 24 <= kRaw);
+    static_assert(kNext + 24 <= kConvertedTiles);
 };
 
 // What a block does: these rows of a KV head and tiles [lo, hi), of which those below `whole` hold
@@ -155,16 +161,16 @@ struct Ring {
     uint32_t phase = 0;
 
     template <int kStep>
-    __device__ __forceinline__ void advance(const AttentionParams& p) {
+    __device__ __forceinline__ void advance(int stages) {
         stage += kStep;
-        if (stage >= p.stages.value) {
-            stage -= p.stages.value;
+        if (stage >= stages) {
+            stage -= stages;
             phase ^= 1;
         }
     }
-    __device__ __forceinline__ void advance(const AttentionParams& p, int count) {
-        const int rounds = (stage + count) / p.stages;
-        stage += count - rounds * p.stages.value;
+    __device__ __forceinline__ void advance(const Divisor& stages, int count) {
+        const int rounds = (stage + count) / stages;
+        stage += count - rounds * stages.value;
         phase ^= rounds & 1;
     }
 };
@@ -210,8 +216,8 @@ struct Producer {
 
     const AttentionParams& p;
     Work w;
-    uint32_t tiles, raw_tiles, barriers;
-    int index, thread;
+    uint32_t tiles, barriers;
+    int thread;
     Next next;
     const int32_t* table = nullptr;  // of this request
     Ring ring = {};
@@ -227,41 +233,38 @@ struct Producer {
         return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
     }
 
-    // One warp: every lane a box, [1 << box_shift] slots of 64 dims. Of a pair of blocks, each
-    // copies every second box to both. Lane l looks up the page of the l-th of the next 32 boxes.
+    // One warp for K and one for V, or one for each half of rows of 256 bytes: every lane a box,
+    // [1 << box_shift] slots of 128 bytes, as a warp's boxes are copied one after another. Lane l
+    // looks up the page of the l-th of the next 32 boxes.
     __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map,
                                                  const CUtensorMap& v_map) {
-        const int boxes = kKeys >> p.box_shift;  // of 64 dims of a tile
-        const int box = thread & (boxes - 1), half = thread >> (6 - p.box_shift);
-        const bool copies = half < C::kDim / 64 && (!p.pair || (box ^ blockIdx.x) % 2 == 0);
+        const int v = thread / 32 % 2, half = thread / 64, lane = thread % 32;
+        const int boxes = kKeys >> p.box_shift;
         const int end = min(w.cached, w.hi);
-        int pages = 0, slot = w.lo * kKeys + (box << p.box_shift);
+        int pages = 0, slot = w.lo * kKeys + (lane << p.box_shift);
 #pragma unroll 1
         for (int tile = w.lo; tile < end; ++tile) {
             int inside = slot, block = w.batch;
             if (table) {
                 const int first = (tile - w.lo) * boxes % 32;
-                const int looked_up = tile * kKeys + (thread << p.box_shift);
+                const int looked_up = tile * kKeys + (lane << p.box_shift);
                 if (first == 0 && looked_up < end * kKeys) pages = page(looked_up);
                 inside &= (1 << p.page_shift) - 1;
-                block = __shfl_sync(~0u, pages, first + box);
+                block = __shfl_sync(~0u, pages, first + lane);
             }
             slot += kKeys;
-            const uint32_t to = tile_of(0) + half * kHalfBytes + (box << p.box_shift) * 128;
-#pragma unroll
-            for (int v = 0; v < 2; ++v) {
-                barrier_wait(free(v), ring.phase ^ 1);
-                if (thread == 0) barrier_expect(full(v), C::kTileBytes);
-                __syncwarp();
-                if (copies) {
-                    copy_box(to + v * C::kTileBytes, v ? v_map : k_map, half * 64, inside,
-                             w.head_kv, block, full(v), p.pair);
-                }
+            barrier_wait(free(v), ring.phase ^ 1);
+            if (lane == 0 && half == 0) barrier_expect(full(v), C::kTileBytes);
+            __syncwarp();
+            if (lane < boxes) {
+                const uint32_t to =
+                    tile_of(v) + half * kHalfBytes + (lane << p.box_shift) * min(C::kRowBytes, 128);
+                copy_box(to, v ? v_map : k_map, half * 64, inside, w.head_kv, block, full(v));
             }
             // All blocks fill their rings at once: where matrix products bound, two tiles come
             // before the rest. Where memory does, it never idles.
             if (C::kGroups == 2 && tile == w.lo + 1) barrier_wait(full(0), ring.phase);
-            ring.advance<1>(p);
+            ring.advance<1>(p.stages.value);
         }
     }
 
@@ -280,23 +283,32 @@ struct Producer {
                (slot - w.length) * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
 
+    // Where this thread's unit of a row of a tile goes, as the TMA would put it.
+    __device__ __forceinline__ uint32_t unit_of(int v, int row) const {
+        const int unit = thread % kUnits;
+        if constexpr (!C::kFp8) {
+            return tile_of(v) + unit / 8 * kHalfBytes + row * 128 + ((unit ^ row) & 7) * 16;
+        }
+        const int swizzle = v ? 0 : C::kRowBytes == 128 ? row % 8 : row / 2 % 4;
+        return tile_of(v) + row * C::kRowBytes + (unit ^ swizzle) * 16;
+    }
+
     // blocks: of slots `start` + lane, and 32 further on
     __device__ __forceinline__ void copy_tail(int v, int start, const int (&blocks)[2]) const {
-        const int unit = thread % kUnits;
-        const uint32_t to = tile_of(v) + unit / 8 * kHalfBytes;
-        const T* cache = static_cast<const T*>(p.cache[v]);
+        const Cached* cache = static_cast<const Cached*>(p.cache[v]);
 #pragma unroll 1
         for (int row = thread / kUnits; row < kKeys; row += kPass) {
             const int slot = start + row;
             const int block = __shfl_sync(~0u, row < 32 ? blocks[0] : blocks[1], row % 32);
-            const bool ok = slot < w.keys;
-            const T* from = cache;
-            if (ok && p.new_rows[v] && slot >= w.length) {
+            const bool is_new = p.new_rows[v] && slot >= w.length;
+            const bool ok = slot < w.keys && !(C::kFp8 && is_new);  // `append_fp8` rounds those
+            const void* from = cache;
+            if (ok && is_new) {
                 from = new_row(v, slot);
             } else if (ok) {
-                from += place(p.strides[v], slot, block);
+                from = cache + place(p.strides[v], slot, block);
             }
-            copy_16_bytes(to + row * 128 + ((unit ^ row) & 7) * 16, from, ok);
+            copy_16_bytes(unit_of(v, row), from, ok);
         }
     }
 
@@ -309,34 +321,6 @@ struct Producer {
             *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot, block_of(slot))) =
                 *reinterpret_cast<const uint4*>(new_row(v, slot));
         }
-    }
-
-    // ---- of an fp8 cache: each thread copies its units of K or V and converts them some tiles
-    // later ----
-
-    __device__ __forceinline__ uint32_t raw(int v, int stage) const {
-        return raw_tiles + stage * C::kTileBytes + v * (C::kTileBytes / 2) + thread * 16;
-    }
-
-    __device__ __forceinline__ void copy_raw(int v, int tile, int stage) const {
-        if (tile < w.hi) {
-            const RowStrides& s = p.strides[v];
-            const Cached* cache = static_cast<const Cached*>(p.cache[v]) + w.head_kv * s.head +
-                                  thread % kUnits * kElements;
-#pragma unroll
-            for (int i = 0; i < kKeys / kPass; ++i) {
-                const int slot = tile * kKeys + i * kPass + thread / kUnits;
-                int block = w.batch, inside = min(slot, w.keys - 1);
-                if (table) {
-                    block = page(inside);
-                    inside &= (1 << p.page_shift) - 1;
-                }
-                copy_16_bytes(raw(v, stage) + i * kGroupThreads * 16,
-                              cache + block * s.block + int64_t(inside) * static_cast<int>(s.slot),
-                              slot < (p.new_rows[v] ? w.length : w.keys));
-            }
-        }
-        commit_copies();
     }
 
     // A unit of an appended row, as the cache takes it.
@@ -354,71 +338,28 @@ struct Producer {
         return x;
     }
 
-    // Puts what this call appends into a tile's raw memory, and into the cache.
-    __device__ __forceinline__ void append_raw(int v, int tile, int stage) const {
+    // Puts the nodes of a tile into it, and into an fp8 cache.
+    __device__ __forceinline__ void append_fp8(int v, int start) const {
+        Cached* cache = static_cast<Cached*>(p.cache[v]);
+        const int end = min(start + kKeys, w.keys);
 #pragma unroll 1
-        for (int i = 0; i < kKeys / kPass; ++i) {
-            const int slot = tile * kKeys + i * kPass + thread / kUnits;
-            if (slot < w.length || slot >= w.keys) continue;
+        for (int row = thread / kUnits; start + row < end; row += kPass) {
+            const int slot = start + row;
+            if (slot < w.length) continue;
             const uint4 x = rounded(v, slot);
-            store_shared(raw(v, stage) + i * kGroupThreads * 16, x);
+            store_shared(unit_of(v, row), x);
             if (w.first_row == 0) {  // nobody reads its slot there in this launch
-                Cached* cache = static_cast<Cached*>(p.cache[v]);
                 *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot, block_of(slot))) = x;
             }
         }
     }
 
-    __device__ __forceinline__ void convert(int v, int stage) const {
-        const int row = thread / kUnits, unit = thread % kUnits * 2;  // of the two that it becomes
-        const uint32_t from = raw(v, stage);
-        const uint32_t to = tile_of(v) + unit / 8 * kHalfBytes + row * 128;
-        const uint32_t at[2] = {to + ((unit ^ row) & 7) * 16, to + ((unit + 1 ^ row) & 7) * 16};
-#pragma unroll
-        for (int i = 0; i < kKeys / kPass; i += 2) {
-            uint4 x[2];
-#pragma unroll
-            for (int k = 0; k < 2; ++k) x[k] = load_shared_4(from + (i + k) * kGroupThreads * 16);
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                const uint2 y[4] = {unpack_e4m3(x[k].x), unpack_e4m3(x[k].y), unpack_e4m3(x[k].z),
-                                    unpack_e4m3(x[k].w)};
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    store_shared(at[j] + (i + k) * kPass * 128,
-                                 {y[2 * j].x, y[2 * j].y, y[2 * j + 1].x, y[2 * j + 1].y});
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void row_block_fp8(int v) {
-        sync_threads(3 + v, kGroupThreads);  // all know which row block it is
-#pragma unroll 1
-        for (int i = 0; i < C::kRawStages; ++i) copy_raw(v, w.lo + i, i);
-        int stage = 0;
-#pragma unroll 1
-        for (int tile = w.lo; tile < w.hi; ++tile) {
-            wait_copies<C::kRawStages - 1>();
-            if (p.new_rows[v] && tile >= w.whole) append_raw(v, tile, stage);
-            barrier_wait(free(v), ring.phase ^ 1);
-            convert(v, stage);
-            fence_for_wgmma();
-            sync_threads(3 + v, kGroupThreads);
-            if (thread == 0) barrier_arrive(full(v));
-            copy_raw(v, tile + C::kRawStages, stage);
-            stage = stage + 1 == C::kRawStages ? 0 : stage + 1;
-            ring.advance<1>(p);
-        }
-    }
-
     __device__ __forceinline__ void row_block(const CUtensorMap& k_map, const CUtensorMap& v_map) {
         if (p.block_table) table = p.block_table + w.batch * p.table_stride;
-        if constexpr (C::kFp8) return row_block_fp8(index);
-        if (thread < 32) {
+        if (thread < (C::kRowBytes > 128 ? 128 : 64)) {
             cached_tiles(k_map, v_map);
         } else {
-            ring.advance(p, max(min(w.cached, w.hi) - w.lo, 0));
+            ring.advance(p.stages, max(min(w.cached, w.hi) - w.lo, 0));
         }
         sync_threads<1, kGroupThreads>();  // a parity says nothing of a phase further ahead
         // What the copies below are computed from is not to take registers above.
@@ -438,17 +379,21 @@ struct Producer {
                 copy_tail(v, tile * kKeys, blocks);
             }
             wait_copies<0>();
+            if (C::kFp8 && p.new_rows[0]) {
+#pragma unroll 1
+                for (int v = 0; v < 2; ++v) append_fp8(v, tile * kKeys);
+            }
             fence_for_wgmma();
             sync_threads<1, kGroupThreads>();
             if (thread == 0) {
                 barrier_arrive(full(0));
                 barrier_arrive(full(1));
             }
-            if (p.new_rows[0] && w.first_row == 0) {
+            if (!C::kFp8 && p.new_rows[0] && w.first_row == 0) {
 #pragma unroll 1
                 for (int v = 0; v < 2; ++v) append(v, tile * kKeys);
             }
-            ring.advance<1>(p);
+            ring.advance<1>(p.stages.value);
         }
     }
 
@@ -456,18 +401,84 @@ struct Producer {
         row_block(k_map, v_map);
         if constexpr (C::kStay) {
             while (p.items) {
-                if (thread == 0 && (C::kProducers == 1 || index == 0)) next.draw();
+                if (thread == 0) next.draw();
                 __syncwarp();  // who waits at a barrier first would hold up the thread that draws
                 const int item = next.take();
-                if (C::kProducers > 1 && index > 0) {
-                    __syncwarp();
-                    if (thread % 32 == 0) barrier_arrive(next.free());
-                }
                 if (item >= p.items) break;
                 w.template set_rows<C>(p, item);
                 w.set_tiles(p);
                 row_block(k_map, v_map);
             }
+        }
+    }
+};
+
+// ---- the warpgroup that converts V of an fp8 cache ----
+
+template <typename C>
+struct Converter {
+    static constexpr int kUnits = C::kDim / 16;           // of a row, of 16 numbers
+    static constexpr int kPass = kGroupThreads / kUnits;  // rows converted at once
+
+    const AttentionParams& p;
+    Work w;
+    uint32_t tiles, converted_tiles, barriers, converted_barriers;
+    int thread;
+    Next next;
+    Ring ring = {}, converted = {};
+
+    __device__ __forceinline__ void convert() const {
+        const int row = thread / kUnits, unit = thread % kUnits * 2;  // of the two that it becomes
+        const int second = unit / 8;  // first, so that no banks collide
+        const uint32_t from = tiles + (2 * ring.stage + 1) * C::kTileBytes + thread * 16;
+        const uint32_t to = converted_tiles + converted.stage * C::kConvertedBytes +
+                            unit / 8 * kHalfBytes + row * 128;
+        const uint32_t at[2] = {to + ((unit + second ^ row) & 7) * 16,
+                                to + ((unit + 1 - second ^ row) & 7) * 16};
+        uint4 x[kKeys / kPass];
+#pragma unroll
+        for (int i = 0; i < kKeys / kPass; ++i) {
+            x[i] = load_shared_4(from + i * kGroupThreads * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < kKeys / kPass; ++i) {
+            const uint2 y[4] = {unpack_e4m3(x[i].x), unpack_e4m3(x[i].y), unpack_e4m3(x[i].z),
+                                unpack_e4m3(x[i].w)};
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const bool high = j != second;
+                store_shared(at[j] + i * kPass * 128,
+                             {high ? y[2].x : y[0].x, high ? y[2].y : y[0].y,
+                              high ? y[3].x : y[1].x, high ? y[3].y : y[1].y});
+            }
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        for (;;) {
+#pragma unroll 1
+            for (int tile = w.lo; tile < w.hi; ++tile) {
+                const uint32_t full = barrier_of(barriers, 1, ring);
+                const uint32_t into = converted_barriers + converted.stage * 8;
+                barrier_wait(full, ring.phase);
+                barrier_wait(into + C::kConverted * 8, converted.phase ^ 1);
+                convert();
+                fence_for_wgmma();
+                __syncwarp();
+                if (thread % 32 == 0) {
+                    barrier_arrive(into);
+                    barrier_arrive(full + 2 * kMostStages * 8);  // free
+                }
+                ring.advance<1>(p.stages.value);
+                converted.advance<1>(C::kConverted);
+            }
+            if (!C::kStay || !p.items) break;
+            const int item = next.take();
+            __syncwarp();
+            if (thread % 32 == 0) barrier_arrive(next.free());
+            if (item >= p.items) break;
+            w.template set_rows<C>(p, item);
+            w.set_tiles(p);
         }
     }
 };
@@ -502,13 +513,13 @@ struct Consumer {
 
     const AttentionParams& p;
     Work w;
-    uint32_t tiles, barriers;
-    uint32_t free_barriers;  // those at which this lane arrives
+    uint32_t tiles, v_tiles, barriers, v_barriers;
     int group, lane;
     Next next;
     Ring k_ring = {}, v_ring = {};
 
-    uint32_t q[kDim / 16][4];
+    static constexpr int kSteps = kDim / (C::kFp8 ? 32 : 16);  // of a product with K
+    uint32_t q[C::kTerms * kSteps][4];
     float scores[2][kKeys / 2];
     uint32_t probs[kKeys / 16][4];
     float out[kDim / 2];
@@ -547,64 +558,79 @@ struct Consumer {
             const bool ok = node < p.size;  // what rows of absent nodes come to is not used
             const T* from = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
                             int64_t(node) * p.q_strides.slot + int64_t(head) * p.q_strides.head +
-                            lane % 4 * 2;
+                            lane % 4 * (C::kFp8 ? 4 : 2);
             next_word[i] = ok ? p.mask[w.batch * p.mask_stride + int64_t(node) * p.words] : 0;
 #pragma unroll
             for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    q[k][2 * j + i] =
-                        ok ? *reinterpret_cast<const uint32_t*>(from + k * 16 + j * 8) : 0;
+                    // Of an fp8 cache a step has 32 dims, of which a thread has 4 and 4: as pairs,
+                    // which `narrow_q` takes together.
+                    const int dim =
+                        C::kFp8 ? k % kSteps * 32 + j * 16 + k / kSteps * 2 : k * 16 + j * 8;
+                    q[k][2 * j + i] = ok ? *reinterpret_cast<const uint32_t*>(from + dim) : 0;
                 }
             }
             next_scale[i] = p.scale;
         }
     }
 
-    // Q as fp16: rows of bfloat16, which may exceed that, times powers of two that the scale of
-    // their scores makes up for, which is not negative then.
+    // Q as a sum of matrices of e4m3: rows times powers of two that bring them close to 256, which
+    // the scale of their scores, made positive, makes up for.
     __device__ __forceinline__ void narrow_q(const Work& w) {
+        const float k_scale = w.cache_scale(p, 0);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float k_scale = w.cache_scale(p, 0);
-            next_scale[i] *= fabsf(k_scale);
-            const uint32_t flip = k_scale < 0.0f ? 0x80008000 : 0;
-#pragma unroll
-            for (int k = 0; k < kDim / 8; ++k) q[k / 2][k % 2 * 2 + i] ^= flip;
-            if constexpr (std::is_same_v<T, __half>) continue;
-            uint32_t top = 0;  // the greatest exponent
+            float most = 0.0f;
 #pragma unroll
             for (int k = 0; k < kDim / 8; ++k) {
-                const uint32_t x = q[k / 2][k % 2 * 2 + i];
-                top = max(top, max(x & 0x7f80, x >> 16 & 0x7f80));
+                const float2 x = unpack<T>(q[k / 2][k % 2 * 2 + i]);
+                most = fmaxf(most, fmaxf(fabsf(x.x), fabsf(x.y)));
             }
-            top = max(top, __shfl_xor_sync(~0u, top, 1));
-            top = max(top, __shfl_xor_sync(~0u, top, 2));
-            top = min(max(top >> 7, 1), 253);
-            const float factor = __uint_as_float((254 - top) << 23);
-            next_scale[i] *= __uint_as_float(top << 23);
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            const int exponent = static_cast<int>(__float_as_uint(most) >> 23);
+            const int by = min(max(127 + 7 + 127 - exponent, 1), 253);
+            const float factor = copysignf(__uint_as_float(by << 23), k_scale);
+            next_scale[i] *= fabsf(k_scale) * __uint_as_float((254 - by) << 23);
+            if (exponent == 255) next_scale[i] = NAN;  // of what e4m3 would make finite
 #pragma unroll
-            for (int k = 0; k < kDim / 8; ++k) {
-                uint32_t& x = q[k / 2][k % 2 * 2 + i];
-                x = pack<__half>(__uint_as_float(x << 16) * factor,
-                                 __uint_as_float(x & 0xffff0000) * factor);
+            for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const float2 low = unpack<T>(q[k][2 * j + i]);
+                    const float2 high = unpack<T>(q[kSteps + k][2 * j + i]);
+                    float x[4] = {low.x * factor, low.y * factor, high.x * factor, high.y * factor};
+#pragma unroll
+                    for (int term = 0; term < C::kTerms; ++term) {
+                        const uint32_t rounded = pack_e4m3(x[0], x[1], x[2], x[3]);
+                        q[term * kSteps + k][2 * j + i] = rounded;
+                        const uint2 back = unpack_e4m3(rounded);
+                        const float2 y[2] = {unpack<__half>(back.x), unpack<__half>(back.y)};
+#pragma unroll
+                        for (int l = 0; l < 4; ++l) x[l] -= l % 2 ? y[l / 2].y : y[l / 2].x;
+                    }
+                }
             }
         }
     }
 
+    // Of the ring of K or V that this warpgroup reads.
+    __device__ __forceinline__ uint32_t full(int v, const Ring& ring) const {
+        return (v ? v_barriers : barriers) + ring.stage * 8;
+    }
+
     __device__ __forceinline__ void wait_full(int v, const Ring& ring) const {
-        barrier_wait(barrier_of(barriers, v, ring), ring.phase);
+        barrier_wait(full(v, ring), ring.phase);
     }
 
     // Asked some time before, so that nothing waits for the answer.
     __device__ __forceinline__ bool is_full(int v, const Ring& ring) const {
-        return barrier_test(barrier_of(barriers, v, ring), ring.phase);
+        return barrier_test(full(v, ring), ring.phase);
     }
 
     __device__ __forceinline__ void arrive_free(int v, const Ring& ring) const {
-        if (lane <= int(p.pair)) {  // in both blocks of a pair
-            barrier_arrive_in(barrier_of(free_barriers, v, ring));
-        }
+        if (lane == 0) barrier_arrive(full(v, ring) + (v ? C::kFreeV : 2 * kMostStages * 8));
     }
 
     // Begins scores[kNow], of the next tile of K in the ring. Where there is none, there is nothing
@@ -616,12 +642,15 @@ struct Consumer {
         const uint32_t k = matrix_place(tiles + 2 * k_ring.stage * C::kTileBytes, 16);
         pin(scores[kNow]);
         wgmma_begin();
-        // A step of 16 dims is 32 bytes of a row; places count in 16.
-        wgmma<Operand, false>(scores[kNow], q[0], k, false);
+        // A step is 32 bytes of a row; places count in 16.
 #pragma unroll
-        for (int i = 1; i < kDim / 16; ++i) {
-            wgmma<Operand, false>(scores[kNow], q[i], k + i / 4 * (kHalfBytes / 16) + i % 4 * 2,
-                                  true);
+        for (int i = 0; i < C::kTerms * kSteps; ++i) {
+            if constexpr (C::kFp8) {
+                wgmma_e4m3<kDim>(scores[kNow], q[i], k + i % kSteps * 2, i > 0);
+            } else {
+                wgmma<Operand, false>(scores[kNow], q[i], k + i / 4 * (kHalfBytes / 16) + i % 4 * 2,
+                                      i > 0);
+            }
         }
         wgmma_commit();
     }
@@ -629,13 +658,13 @@ struct Consumer {
     // Those scores are there.
     __device__ __forceinline__ void release_k() {
         arrive_free(0, k_ring);
-        k_ring.template advance<C::kStep>(p);
+        k_ring.template advance<C::kStep>(p.stages.value);
     }
 
     // Begins adding to `out`, or sets it to, the probabilities times the next tile of V in the
     // ring, which is there.
     __device__ __forceinline__ void begin_out(bool adds) {
-        const uint32_t v = matrix_place(tiles + (2 * v_ring.stage + 1) * C::kTileBytes, kHalfBytes);
+        const uint32_t v = matrix_place(v_tiles + v_ring.stage * C::kVStep, kHalfBytes);
         pin(out);
         pin(probs);
         wgmma_begin();
@@ -647,10 +676,14 @@ struct Consumer {
         wgmma_commit();
     }
 
+    __device__ __forceinline__ void advance_v(Ring& ring) const {
+        ring.template advance<C::kStep>(C::kFp8 ? C::kConverted : p.stages.value);
+    }
+
     // That product is there.
     __device__ __forceinline__ void release_v() {
         arrive_free(1, v_ring);
-        v_ring.template advance<C::kStep>(p);
+        advance_v(v_ring);
     }
 
     // Bits of the 64 keys from `start` on that row i of this thread attends to.
@@ -758,7 +791,7 @@ struct Consumer {
         if constexpr (!kFirst && kTurns) begin_out(true);
         if constexpr (kTurns) arrive_threads(kTurn + 1 - group, 2 * kGroupThreads);
         Ring v_next = v_ring;
-        if constexpr (!kFirst) v_next.template advance<C::kStep>(p);
+        if constexpr (!kFirst) advance_v(v_next);
         float shrink[2];
         const bool moves = probabilities<kMask>(scores[kNow], tile, v_next, shrink);
         pin(scores[1 - kNow]);
@@ -794,7 +827,7 @@ struct Consumer {
             if (p.items) look_ahead();
         }
         Ring v_next = v_ring;
-        if (!only) v_next.template advance<C::kStep>(p);
+        if (!only) advance_v(v_next);
         float shrink[2];
         const bool moves = probabilities<true>(scores[1], tile, v_next, shrink);
         if (!only) release_v();
@@ -896,7 +929,7 @@ struct Consumer {
         constexpr int kGiven = kOut / 4;  // of 16 bytes
         const int thread = threadIdx.x % kGroupThreads;
         const auto place = [&](int of, int i) {
-            return tiles + ((of * (kGiven + 1) + i) * kGroupThreads + thread) * 16;
+            return v_tiles + ((of * (kGiven + 1) + i) * kGroupThreads + thread) * 16;
         };
         const auto give = [&](const float* from) {
 #pragma unroll
@@ -1137,65 +1170,57 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     const uint32_t barriers = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
     const uint32_t next = barriers + C::kNext, tiles = barriers + C::kTiles;
     if (threadIdx.x == 0) {
+        constexpr int kReaders = C::kComputing / C::kStep * 4;  // warps
         for (int i = 0; i < p.stages.value; ++i) {
             for (int v = 0; v < 2; ++v) {
                 barrier_init(barrier_of(barriers, v, {i}), 1);
-                barrier_init(barrier_of(barriers, v + 2, {i}),
-                             C::kComputing / C::kStep * 4 * (p.pair ? 2 : 1));  // warps
+                barrier_init(barrier_of(barriers, v + 2, {i}), C::kFp8 && v ? 4 : kReaders);
             }
+        }
+        for (int i = 0; i < C::kConverted; ++i) {
+            barrier_init(barriers + C::kConvertedBarriers + i * 8, 4);  // warps
+            barrier_init(barriers + C::kConvertedBarriers + (C::kConverted + i) * 8, kReaders);
         }
         barrier_init(next, 1);
         barrier_init(next + 8, (C::kComputing + C::kProducers - 1) * 4);  // warps
         fence_barrier_init();
-        if (!C::kFp8) {
-            prefetch_map(k_map);
-            prefetch_map(v_map);
-        }
+        prefetch_map(k_map);
+        prefetch_map(v_map);
     }
     wait_for_kernels_before();
     Work w;
     w.set_rows<C>(p, blockIdx.x);
-    if (p.pair) {  // neither begins before the other's barriers are there
-        cluster_arrive();
-        cluster_wait();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
 
     const int group = threadIdx.x / kGroupThreads;
     if (group >= C::kComputing) {
         shrink_registers<C::kProducerRegisters>();
         w.set_tiles(p);
-        Producer<C> producer{p,
-                             w,
-                             tiles,
-                             barriers + C::kRaw,
-                             barriers,
-                             C::kProducers > 1 ? group - C::kComputing : 0,
-                             int(threadIdx.x) % kGroupThreads,
-                             {p, next}};
-        producer.run(k_map, v_map);
-        __syncwarp();
-        if (p.pair) cluster_arrive();
+        const int thread = threadIdx.x % kGroupThreads;
+        if (C::kFp8 && group > C::kComputing) {
+            Converter<C> converter{p,        w,
+                                   tiles,    barriers + C::kConvertedTiles,
+                                   barriers, barriers + C::kConvertedBarriers,
+                                   thread,   {p, next}};
+            converter.run();
+        } else {
+            Producer<C> producer{p, w, tiles, barriers, thread, {p, next}};
+            producer.run(k_map, v_map);
+        }
     } else {
         grow_registers<C::kConsumerRegisters>();
         const int lane = threadIdx.x % 32;
-        const uint32_t free_barriers = barrier_of(barriers, 2, {});
-        Consumer<C> consumer{p,
-                             w,
-                             tiles,
-                             barriers,
-                             address_in_block(free_barriers, p.pair ? (blockIdx.x ^ lane) & 1 : 0),
-                             group,
-                             lane,
-                             {p, next}};
+        Consumer<C> consumer{
+            p,        w,
+            tiles,    C::kFp8 ? barriers + C::kConvertedTiles : tiles + C::kTileBytes,
+            barriers, C::kFp8 ? barriers + C::kConvertedBarriers : barrier_of(barriers, 1, {}),
+            group,    lane,
+            {p, next}};
         if (C::kShares && group == 1) {
-            consumer.k_ring.template advance<1>(p);
-            consumer.v_ring.template advance<1>(p);
+            consumer.k_ring.template advance<1>(p.stages.value);
+            consumer.v_ring.template advance<1>(C::kConverted);
         }
         consumer.run();
-        __syncwarp();
-        if (p.pair) cluster_arrive();
 
         if (p.num_splits.value > 1) {
             const Work& done = consumer.w;
@@ -1219,7 +1244,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             });
         }
     }
-    if (p.pair) cluster_wait();  // the other one arrives at this block's barriers until then
 }
 
 // ---- host ----
@@ -1245,8 +1269,8 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
         if (device < 64) known |= uint64_t(1) << device;
     }
     const int64_t blocks = plan.row_blocks * plan.heads_kv * plan.batch;
-    const bool stay = C::kStay && plan.num_splits == 1 && !plan.pair && blocks > plan.resident;
-    cudaLaunchAttribute attributes[3] = {};
+    const bool stay = C::kStay && plan.num_splits == 1 && blocks > plan.resident;
+    cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(static_cast<unsigned>(plan.row_blocks),
                           static_cast<unsigned>(plan.heads_kv * plan.num_splits),
@@ -1260,11 +1284,6 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    if (plan.pair) {
-        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {2, 1, 1};
-    }
     if (plan.num_splits > 1) {
         p.stats = reinterpret_cast<float2*>(p.partial +
                                             blocks * plan.num_splits * C::kRows * C::kDim / 4);
@@ -1288,12 +1307,14 @@ void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t s
         using C = Config<decltype(type), decltype(dim)::value, decltype(groups)::value,
                          decltype(fp8)::value>;
         CUtensorMap maps[2] = {};
-        for (int v = 0; v < 2 && !C::kFp8; ++v) maps[v] = tensor_map(plan, v, p);
+        for (int v = 0; v < 2; ++v) maps[v] = tensor_map(plan, v, p);
         launch<C>(plan, p, maps[0], maps[1], stream);
     };
     const auto with_groups = [&](auto type, auto dim, auto groups) {
-        plan.fp8 ? with(type, dim, groups, std::true_type())
-                 : with(type, dim, groups, std::false_type());
+        if constexpr (std::is_same_v<decltype(type), __nv_bfloat16>) {
+            if (plan.fp8) return with(type, dim, groups, std::true_type());
+        }
+        with(type, dim, groups, std::false_type());
     };
     const auto with_type = [&](auto type, auto dim) {
         plan.groups == 1 ? with_groups(type, dim, std::integral_constant<int, 1>())

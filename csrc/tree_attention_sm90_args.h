@@ -32,7 +32,6 @@ struct AttentionPlan {
     int64_t row_blocks;                          // of a KV head
     int64_t num_splits;
     int64_t stages;    // of the ring of tiles
-    int64_t pair;      // of row blocks, in a cluster
     int64_t resident;  // blocks that the device holds at once
     RowStrides q, k_cache, v_cache, k, v, out;
     int64_t mask_stride, table_stride;  // of a request
@@ -106,7 +105,6 @@ struct AttentionParams {
     Divisor row_blocks;     // of a KV head
     int32_t first_arrival;  // of this launch's counters in `split_arrivals`
     int32_t items;          // row blocks of all, drawn by blocks that stay; 0: a block for each
-    bool pair;              // blocks 2 i and 2 i + 1 copy for each other
     float scale;            // of scores, for exponents of 2
 };
 
@@ -145,8 +143,7 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.num_splits = divisor(plan.num_splits);
     p.stages = divisor(plan.stages);
     p.row_blocks = divisor(plan.row_blocks);
-    p.pair = plan.pair != 0;
-    p.box_shift = p.pair ? 5 : 6;  // half a tile each
+    p.box_shift = 6;
     if (plan.max_blocks) {
         p.capacity *= static_cast<int32_t>(plan.max_blocks);
         p.page_shift = std::countr_zero(static_cast<uint64_t>(plan.block_size));
@@ -156,7 +153,9 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     return p;
 }
 
-// Of K (0) or V (1): rows [blocks, Hkv, slots, D], in boxes of 64 dims of 1 << box_shift slots.
+// Of K (0) or V (1): rows [blocks, Hkv, slots, D], in boxes of 128 bytes, or a row of less, of 1 <<
+// box_shift slots. Rows of 128 and of 64 bytes are swizzled as wgmma takes them, but for V of an
+// fp8 cache, which is converted first.
 inline CUtensorMap tensor_map(const AttentionPlan& plan, int v, const AttentionParams& p) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
@@ -169,18 +168,24 @@ inline CUtensorMap tensor_map(const AttentionPlan& plan, int v, const AttentionP
         return reinterpret_cast<Encode>(function);
     }();
     // A stride that is never used may not be 0 here.
-    const auto step = [&](int64_t stride) { return uint64_t(stride ? stride : plan.dim) * 2; };
+    const int64_t bytes = plan.fp8 ? 1 : 2;
+    const auto step = [&](int64_t stride) { return uint64_t(stride ? stride : plan.dim) * bytes; };
     const RowStrides& strides = p.strides[v];
     const uint64_t sizes[4] = {uint64_t(plan.dim), uint64_t(plan.block_size),
                                uint64_t(plan.heads_kv), uint64_t(plan.num_blocks)};
     const uint64_t steps[3] = {step(strides.slot), step(strides.head), step(strides.block)};
-    const uint32_t box[4] = {64, 1u << p.box_shift, 1, 1}, every[4] = {1, 1, 1, 1};
+    const uint32_t box[4] = {plan.fp8 ? uint32_t(plan.dim) : 64, 1u << p.box_shift, 1, 1};
+    const uint32_t every[4] = {1, 1, 1, 1};
+    const CUtensorMapDataType type = plan.fp8    ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                     : plan.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const CUtensorMapSwizzle swizzle = plan.fp8 && v                ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                       : plan.fp8 && plan.dim == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                                    : CU_TENSOR_MAP_SWIZZLE_128B;
     CUtensorMap map;
     const CUresult error =
-        encode(&map, plan.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-               4, p.cache[v], sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        encode(&map, type, 4, p.cache[v], sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     MK_CHECK_VALUE(error == CUDA_SUCCESS, "k_cache: no TMA map of it, CUDA error ", int(error));
     return map;
 }

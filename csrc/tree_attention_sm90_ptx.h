@@ -1,5 +1,5 @@
-// Hopper's own instructions under names: mbarriers, the tensor memory accelerator (TMA), wgmma and
-// clusters. PTX ISA 8.0 or newer, sm_90a.
+// Hopper's own instructions under names: mbarriers, the tensor memory accelerator (TMA) and wgmma.
+// PTX ISA 8.0 or newer, sm_90a.
 #pragma once
 
 #include <cuda.h>
@@ -151,23 +151,14 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// A box of a 4-D tensor; `barrier` counts its bytes. `both`: to the same places in both blocks of a
-// cluster of two.
+// A box of a 4-D tensor; `barrier` counts its bytes.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, int dim, int slot,
-                                         int head, int block, uint32_t barrier, bool both) {
-    if (both) {
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-            ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
-            "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier), "h"(uint16_t(3))
-            : "memory");
-    } else {
-        asm volatile(
-            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-            "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier)
-            : "memory");
-    }
+                                         int head, int block, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+        "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier)
+        : "memory");
 }
 
 // 16 bytes, or zeros unless `ok`; `from` must be an address all the same.
@@ -260,6 +251,23 @@ __device__ __forceinline__ void wgmma(float (&d)[64], const uint32_t (&a)[4], ui
     }
 }
 
+// D[64, 64] (+)= A[64, 32] B[32, 64], of e4m3. Of A: a[0] columns 4 (l % 4) and the next three,
+// a[1] the same 8 rows below, a[2] and a[3] the same 16 columns to the right. kRowBytes: of B's
+// columns, 128 as above, or 64, of which 8 swizzled are an atom of 512 bytes: 16-byte unit i of row
+// r is at i ^ r / 2.
+template <int kRowBytes>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[32], const uint32_t (&a)[4], uint32_t place,
+                                           bool adds) {
+    constexpr uint32_t kLayout = kRowBytes == 128 ? 0x40000040 : 0x80000020;
+    asm volatile(
+        "{\n.reg .pred add;\n.reg .b64 b;\nsetp.ne.b32 add, %37, 0;\n"
+        "mov.b64 b, {%36, %38};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3"
+        " {" MK_REGISTERS_32 "}, {%32, %33, %34, %35}, b, add, 1, 1;\n}"
+        : MK_F32(d, 0)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(place), "r"(int(adds)), "n"(kLayout));
+}
+
 // Keeps what computes these registers above, and what uses them below.
 __device__ __forceinline__ void pin(float (&x)[32]) { asm volatile("" : MK_F32(x, 0)::"memory"); }
 
@@ -302,29 +310,6 @@ __device__ __forceinline__ void wgmma_wait() {
 #undef MK_WGMMA_128
 #undef MK_MATRIX_LAYOUT
 
-// ---- clusters ----
-
-// All threads of a cluster arrive, and wait for all others, or for their exit; by whole warps.
-__device__ __forceinline__ void cluster_arrive() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Where the block of this rank has what this block has at `address`.
-__device__ __forceinline__ uint32_t address_in_block(uint32_t address, uint32_t rank) {
-    uint32_t result;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-    return result;
-}
-
-// At a barrier of any block of the cluster.
-__device__ __forceinline__ void barrier_arrive_in(uint32_t cluster_address) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address) : "memory");
-}
-
 // ---- arithmetic ----
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -343,6 +328,16 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     }
     return x;
+}
+
+// The two numbers of a register, the lower half's first.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t x) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __half22float2(*reinterpret_cast<const __half2*>(&x));
+    } else {
+        return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
+    }
 }
 
 // Four numbers of e4m3, the first in the lowest byte, rounded to nearest, at most 448 in size.

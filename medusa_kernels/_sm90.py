@@ -21,7 +21,7 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "bytes", "half", "fp8", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size",
-            "max_blocks", "words", "groups", "row_blocks", "num_splits", "stages", "pair", "resident",
+            "max_blocks", "words", "groups", "row_blocks", "num_splits", "stages", "resident",
         )),
         *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("mask_stride", "table_stride", "scale_stride")),
@@ -68,18 +68,17 @@ class Launch:
 
 def prepare(
     q, k_cache, v_cache, k, v, packed_mask, block_table, sinks, k_scale, window, softcap, softmax_scale, out, num_sms,
-    groups: int | None = None, num_splits: int | None = None, pair: bool | None = None,
-    stages: int | None = None,
+    groups: int | None = None, num_splits: int | None = None, stages: int | None = None,
 ) -> Launch | None:  # fmt: skip
     """The launch that does what these arguments ask, or None where it cannot, or where Triton's is faster.
 
-    groups: of 64 rows in a row block, 1 or 2; num_splits: blocks that share a row block's keys; pair: two row blocks of
-    a KV head copy for each other. None: chosen here.
+    groups: of 64 rows in a row block, 1 or 2; num_splits: blocks that share a row block's keys; stages: tiles that a
+    block has in flight. None: chosen here.
     """
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     if (
         q.dtype not in (torch.bfloat16, torch.float16)
-        or not (fp8 or k_cache.dtype == q.dtype)
+        or not (k_cache.dtype == q.dtype or (fp8 and q.dtype == torch.bfloat16))
         or q.shape[3] not in (64, 128)
         or sinks is not None
         or window
@@ -112,15 +111,12 @@ def prepare(
     resident = _resident(groups, num_sms, fp8)
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
-    if pair is None:  # 6 to 14% for small pages, nothing or a loss elsewhere
-        pair = not fp8 and paged and block_size < 32 and groups == 2 and row_blocks % 2 == 0
-    elif pair and (fp8 or row_blocks % 2):
-        raise ValueError(f"pair: expected False for {row_blocks} row blocks{' and an fp8 cache' * fp8}, got True")
     if stages is None:
-        stages = _stages(groups, fp8, dim, math.ceil(capacity / KEYS / num_splits))
+        alone = blocks * num_splits <= num_sms
+        stages = _stages(groups, fp8, dim, math.ceil(capacity / KEYS / num_splits) if alone else 0)
     plan = _Plan(
         ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
-        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages, pair, resident,
+        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages, resident,
         *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
         packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
         block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
@@ -151,10 +147,11 @@ def choose(
         blocks = heads * row_blocks(groups) * splits
         shared = not fp8 and groups == 1 and blocks > num_sms  # two blocks a multiprocessor, each slower
         if fp8:
-            begin, tile = (6.5, 1.35) if groups == 2 else (5.0, 0.95)
+            begin, tile = (7.4, 0.81) if groups == 2 else (6.5, 0.57)
         else:
-            begin, tile = (5.9, 0.85) if groups == 2 else (5.5, 0.88) if shared else (4.0, 0.7)
-        read = (2 if shared else 1) * dim / 128 / row_blocks(groups)  # where memory bounds
+            begin, tile = (7.1, 0.77) if groups == 2 else (5.5, 0.88) if shared else (4.3, 0.7)
+        # Where memory bounds.
+        read = (2 if shared else 1) * (0.5 if fp8 else 1) * dim / 128 / row_blocks(groups)
         waves = math.ceil(blocks / (num_sms * (2 if shared else 1)))
         merge = 1.7 + 0.05 * splits if splits > 1 else 0
         return waves * (begin + max(tile, read) * tiles / splits) + merge
@@ -169,10 +166,15 @@ def _resident(groups: int, num_sms: int, fp8: bool) -> int:
 
 
 def _stages(groups: int, fp8: bool, dim: int, tiles: int) -> int:
-    """Of the ring of tiles. One warpgroup's is short, so that two blocks share a multiprocessor, and as more would cost
-    5% where memory bounds; of few tiles all are asked for at once."""
-    least, most = (5, 5) if fp8 else (3, 6) if groups == 1 else (6, 6)
-    return (tiles if groups == 1 and least < tiles <= most else least) * (128 // dim)
+    """Of the ring of tiles. Where memory bounds, few are faster by 5%, and two blocks can share a multiprocessor; of
+    few `tiles`, in a block alone on its multiprocessor, all are asked for at once."""
+    if groups == 2:
+        stages = 6
+    elif fp8:
+        stages = 5
+    else:
+        stages = tiles if 3 < tiles <= 6 else 3
+    return stages * (128 // dim)
 
 
 def _is_triton_faster(rows: int, capacity: int, num_splits: int) -> bool:

@@ -17,14 +17,14 @@ BASE = {
 }  # fmt: skip
 
 
-def kernel(groups=1, num_splits=None, pair=None):
+def kernel(groups=1, num_splits=None, stages=None):
     def run(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
         k, v, table = kw.get("k"), kw.get("v"), kw.get("block_table")
         out = torch.full_like(q, NAN)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), NAN, dtype=torch.float32)
         launch = _sm90.prepare(
             q, k_cache, v_cache, k, v, tree.packed_mask, table, None, kw.get("k_scale"), 0, 0.0, q.shape[-1] ** -0.5,
-            out, attention._sms_and_arch(0)[0], groups, num_splits, pair,
+            out, attention._sms_and_arch(0)[0], groups, num_splits, stages,
         )  # fmt: skip
         assert launch is not None
         tensors = (
@@ -47,24 +47,35 @@ def hopper():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 8, 16])
 @pytest.mark.parametrize(
-    "options, pair",
+    "options",
     [
-        (options, pair)
-        for pair in (False, True)
-        for options in (
-            {}, {"head_dim": 64}, {"append": True, "block_size": 16}, {"lengths": [0, 64], "num_nodes": [64, 40]},
-            *({"size": 130, "num_nodes": [130, 127], "append": new, "group": 1} for new in (False, True)),
-            {"fp8": True}, {"fp8": True, "head_dim": 64, "append": True, "block_size": 16},
-        )
-        if not (pair and options.get("fp8"))  # pairs are for the TMA
+        {}, {"head_dim": 64}, {"append": True, "block_size": 16}, {"lengths": [0, 64], "num_nodes": [64, 40]},
+        *({"size": 130, "num_nodes": [130, 127], "append": new, "group": 1} for new in (False, True)),
+        {"fp8": True}, {"fp8": True, "head_dim": 64, "append": True, "block_size": 16},
     ],
     ids=str,
 )  # fmt: skip
-def test_gpu_blocks_and_splits(hopper, options, num_splits, groups, pair):
+def test_gpu_blocks_and_splits(hopper, options, num_splits, groups):
     """lengths [0, 64]: more splits than tiles, and tiles that hold nodes alone."""
-    if pair and groups == 1 and options.get("size") == 130:
-        options = {**options, "size": 194}  # an even number of blocks
-    check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits, pair))
+    check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("groups, stages", [(1, 3), (1, 4), (1, 6), (2, 3), (2, 4), (2, 5)])
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_gpu_stages(hopper, groups, stages, num_splits, block_size):
+    """Rings of all lengths, of which a row block has many rounds; blocks that stay, where unsplit."""
+    options = {**BASE, "lengths": [1700, 900], "heads_kv": 2 if num_splits > 1 else 80, "block_size": block_size}
+    check(Case(**options, append=True, device="cuda"), kernel(groups, num_splits, stages))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("head_dim, stages", [(128, 4), (128, 7), (64, 5), (64, 12)])
+def test_gpu_stages_fp8(hopper, groups, head_dim, stages):
+    options = {**BASE, "lengths": [1700, 900], "heads_kv": 80, "head_dim": head_dim}
+    check(Case(**options, fp8=True, append=True, device="cuda"), kernel(groups, 1, stages))
 
 
 @pytest.mark.gpu
@@ -89,7 +100,7 @@ def test_gpu_blocks_and_splits(hopper, options, num_splits, groups, pair):
         *(
             {"fp8": True, **more}
             for more in (
-                {"dtype": torch.float16}, {"head_dim": 64}, {"append": True}, {"block_size": 16}, {"strided": True},
+                {}, {"head_dim": 64}, {"append": True}, {"block_size": 16}, {"strided": True},
                 {"num_nodes": [0, 64], "lengths": [0, 100], "append": True}, {"lengths": [5, 63], "append": True},
                 {"size": 130, "num_nodes": [130, 127], "append": True, "group": 1},
                 {"heads_kv": 40, "lengths": [1000, 130, 64, 0, 700], "num_nodes": [64, 60, 0, 64, 1], "append": True},
@@ -118,11 +129,10 @@ def test_gpu_growing_scores(hopper, num_splits, groups, fp8):
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_splits, heads_kv", [(1, 8), (3, 8), (1, 80)])
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("pair", [False, True])
-def test_gpu_same_bits_every_time(hopper, num_splits, heads_kv, groups, pair):
+def test_gpu_same_bits_every_time(hopper, num_splits, heads_kv, groups):
     """heads_kv 80: two groups' blocks stay, and draw row blocks in another order every time."""
     q, *rest, kw = Case(**{**BASE, "lengths": [3000, 100], "heads_kv": heads_kv}, device="cuda").build()
-    run = kernel(groups, num_splits, pair)
+    run = kernel(groups, num_splits)
     first = run(q, *rest, **kw)
     for _ in range(20):
         again = run(q, *rest, **kw)
@@ -213,7 +223,7 @@ def test_plan_of_a_call(monkeypatch):
     q, k_cache, _, tree, _, kw = case.build()
     assert (plan.batch, plan.size, plan.heads_kv, plan.group, plan.dim) == (2, 64, 3, 4, 128)
     assert (plan.num_blocks, plan.block_size, plan.max_blocks) == (2, k_cache.shape[1], 0)
-    assert (plan.half, plan.words, plan.groups, plan.row_blocks, plan.pair, plan.resident) == (0, 1, 2, 2, 0, 132)
+    assert (plan.half, plan.words, plan.groups, plan.row_blocks, plan.stages, plan.resident) == (0, 1, 2, 2, 6, 132)
     assert list(plan.q) == list(q.stride()[:3]) and list(plan.k_cache) == list(k_cache.stride()[:3])
     assert list(plan.k) == list(kw["k"].stride()[:3]) and plan.mask_stride == tree.packed_mask.stride(0)
     paged = prepare(Case(**{**BASE, "block_size": 16, "dtype": torch.float16, "per_request": False})).plan
@@ -233,20 +243,16 @@ def test_what_is_served(monkeypatch):
     )
     assert not serves(dtype=torch.float32) and not serves(window=50) and not serves(softcap=5.0)
     assert not serves(sinks=True) and serves(fp8=True) and not serves(fp8=True, head_dim=96)
+    assert not serves(fp8=True, dtype=torch.float16)  # sums of e4m3's products are not exact enough
 
 
-def test_when_blocks_pair(monkeypatch):
-    """Two blocks of a KV head, of two groups of rows, with small pages."""
+def test_length_of_the_ring(monkeypatch):
+    """As many stages as tiles, where a block has few and a multiprocessor to itself."""
     monkeypatch.setattr(_sm90, "_kernel", lambda: object())
-    options = {**BASE, "lengths": [64] * 8, "num_nodes": [64] * 8, "heads_kv": 8}
-    assert prepare(Case(**options, block_size=16), groups=2).plan.pair == 1
-    assert prepare(Case(**options, block_size=16), groups=1).plan.pair == 0
-    assert prepare(Case(**options), groups=2).plan.pair == 0
-    assert prepare(Case(**options, block_size=32), groups=2).plan.pair == 0
-    assert prepare(Case(**options, block_size=16, fp8=True), groups=2).plan.pair == 0
-    assert prepare(Case(**{**options, "group": 2}, block_size=16), groups=2).plan.pair == 0  # one block
-    split = prepare(Case(**{**BASE, "lengths": [4000, 5]}, block_size=16), groups=2).plan
-    assert split.num_splits > 1 and split.pair == 1
-    for more in ({"group": 2}, {"fp8": True}):
-        with pytest.raises(ValueError, match="pair: expected False"):
-            prepare(Case(**{**options, **more}), groups=2, pair=True)
+    for length, num_splits, heads_kv, stages in (
+        (700, 3, 4, 4), (1000, 3, 4, 6), (2000, 3, 4, 3), (700, 3, 10, 3), (100, 1, 4, 3),
+    ):  # fmt: skip
+        case = Case(**{**BASE, "lengths": [length, 5], "heads_kv": heads_kv})
+        assert prepare(case, groups=1, num_splits=num_splits).plan.stages == stages
+    assert prepare(Case(**BASE, fp8=True), groups=1).plan.stages == 5
+    assert prepare(Case(**{**BASE, "head_dim": 64}), groups=2).plan.stages == 12
