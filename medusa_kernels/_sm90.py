@@ -147,9 +147,13 @@ def choose(
         blocks = heads * row_blocks(groups) * splits
         shared = not fp8 and groups == 1 and blocks > num_sms  # two blocks a multiprocessor, each slower
         if fp8:
-            begin, tile = (7.4, 0.81) if groups == 2 else (6.5, 0.57)
+            begin, tile, tile_64 = (7.4, 0.81, 0.5) if groups == 2 else (6.5, 0.57, 0.45)
+        elif groups == 2:
+            begin, tile, tile_64 = 7.1, 0.77, 0.46
         else:
-            begin, tile = (7.1, 0.77) if groups == 2 else (5.5, 0.88) if shared else (4.3, 0.7)
+            begin, tile, tile_64 = (6.5, 0.88, 0.44) if shared else (4.3, 0.7, 0.55)
+        if dim == 64:
+            tile = tile_64
         # Where memory bounds.
         read = (2 if shared else 1) * (0.5 if fp8 else 1) * dim / 128 / row_blocks(groups)
         waves = math.ceil(blocks / (num_sms * (2 if shared else 1)))
