@@ -83,7 +83,6 @@ def prepare(
         or sinks is not None
         or window
         or softcap
-        or softmax_scale <= 0
         or _kernel() is None
     ):
         return None
