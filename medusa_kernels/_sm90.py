@@ -110,9 +110,8 @@ def prepare(
     resident = _resident(groups, num_sms, fp8)
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
-    if stages is None:
-        alone = blocks * num_splits <= num_sms
-        stages = _stages(groups, fp8, dim, math.ceil(capacity / KEYS / num_splits) if alone else 0)
+    if stages is None:  # where memory bounds, more are slower by up to 5%, and two blocks share a multiprocessor
+        stages = (6 if groups == 2 else 5 if fp8 else 3) * (128 // dim)
     plan = _Plan(
         ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
         block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages, resident,
@@ -166,18 +165,6 @@ def choose(
 def _resident(groups: int, num_sms: int, fp8: bool) -> int:
     """Blocks that the GPU holds at once: with one warpgroup, which is for what memory bounds, two a multiprocessor."""
     return num_sms * (2 if groups == 1 and not fp8 else 1)
-
-
-def _stages(groups: int, fp8: bool, dim: int, tiles: int) -> int:
-    """Of the ring of tiles. Where memory bounds, few are faster by 5%, and two blocks can share a multiprocessor; of
-    few `tiles`, in a block alone on its multiprocessor, all are asked for at once."""
-    if groups == 2:
-        stages = 6
-    elif fp8:
-        stages = 5
-    else:
-        stages = tiles if 3 < tiles <= 6 else 3
-    return stages * (128 // dim)
 
 
 def _is_triton_faster(rows: int, capacity: int, num_splits: int) -> bool:

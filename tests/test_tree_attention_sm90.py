@@ -244,15 +244,3 @@ def test_what_is_served(monkeypatch):
     assert not serves(dtype=torch.float32) and not serves(window=50) and not serves(softcap=5.0)
     assert not serves(sinks=True) and serves(fp8=True) and not serves(fp8=True, head_dim=96)
     assert not serves(fp8=True, dtype=torch.float16)  # sums of e4m3's products are not exact enough
-
-
-def test_length_of_the_ring(monkeypatch):
-    """As many stages as tiles, where a block has few and a multiprocessor to itself."""
-    monkeypatch.setattr(_sm90, "_kernel", lambda: object())
-    for length, num_splits, heads_kv, stages in (
-        (700, 3, 4, 4), (1000, 3, 4, 6), (2000, 3, 4, 3), (700, 3, 10, 3), (100, 1, 4, 3),
-    ):  # fmt: skip
-        case = Case(**{**BASE, "lengths": [length, 5], "heads_kv": heads_kv})
-        assert prepare(case, groups=1, num_splits=num_splits).plan.stages == stages
-    assert prepare(Case(**BASE, fp8=True), groups=1).plan.stages == 5
-    assert prepare(Case(**{**BASE, "head_dim": 64}), groups=2).plan.stages == 12
