@@ -36,6 +36,7 @@ struct Plan {
     int each;        // 16-byte vectors of a row that a warp has
     int row_bytes;   // of shared memory, for a block's part of a row; 0: it is not kept
     int device, most_row_bytes;
+    bool ahead = false;  // the groups measure a likely path's nodes, not all
 };
 
 struct Limits {
@@ -100,7 +101,16 @@ Plan plan(const AcceptArgs& a, int itemsize, int device) {
         while (widest < kMaxCluster && widest * kThreads < vectors && 2 * widest * a.batch <= slots)
             widest *= 2;
     }
-    return {widest, widest > 1, 1, each(widest), row_bytes(widest), device, most};
+    int groups = 1;
+    if (!a.mode.values && a.mode.value == kSampling) {
+        // A row takes less than twice as long by half as many blocks.
+        const int most_groups = std::min(a.max_depth + 1, kMaxAhead);
+        while (widest > 1 && slots / (widest * a.batch) < most_groups &&
+               vectors <= widest / 2 * kThreads * kLoads)
+            widest /= 2;
+        groups = std::clamp(slots / (widest * a.batch), 1, most_groups);
+    }
+    return {widest, widest > 1, groups, each(widest), row_bytes(widest), device, most, groups > 1};
 }
 
 template <typename scalar_t, bool kKeeps, bool kGreedyOnly>
@@ -172,6 +182,7 @@ Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
     const Plan x = plan(params.a, type == ScalarType::Float ? 4 : 2, device);
     params.blocks = x.clustered ? x.width : 1;
     params.each = x.each;
+    params.ahead = x.ahead;
     if (x.groups > 1) {
         const int words = params.a.batch * params.a.size * x.width / params.blocks;
         params.first_mail = mail_turns.claim(words, static_cast<cudaStream_t>(stream));

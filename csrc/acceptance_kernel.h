@@ -6,7 +6,9 @@
 // children pass and which token comes after a path that ends there, and mails that to the request's
 // last group of blocks, which then finds the path without a look at the logits. For many requests,
 // one cluster a request measures only the rows that its walk comes to: leaves never, but for the
-// token after the path's end.
+// token after the path's end. Sampling's walk, a chain of such rows, has more clusters where there
+// is room: they measure, at once, the nodes of the path to which the drafts' own logits point, and
+// mail their draws to the request's last one, which goes on alone from where those leave that path.
 //
 // For nvcc; or for a C++ compiler, where tests/cuda_on_cpu/cuda_on_cpu.h has CUDA's names and those
 // of namespace ptx.
@@ -33,11 +35,54 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// In shared memory: counts the bytes of words that blocks of the cluster put beside it. Who waits
+// for them sees the words, for which a cluster's barrier would take a fence of the whole GPU.
+using mbarrier_t = uint64_t;
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+// To be followed by cluster_arrive().
+__device__ __forceinline__ void init(mbarrier_t* barrier) {
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+        : "memory");
+}
+// Once a phase, by one thread.
+__device__ __forceinline__ void expect(mbarrier_t* barrier, uint32_t bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+}
+__device__ __forceinline__ void wait(mbarrier_t* barrier, uint32_t parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+// To the same place in a block of the cluster.
+__device__ __forceinline__ void put(uint64_t* to, uint64_t word, mbarrier_t* barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .u32 to, barrier;\n"
+        "mapa.shared::cluster.u32 to, %0, %3;\n"
+        "mapa.shared::cluster.u32 barrier, %2, %3;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u64 [to], %1, [barrier];\n"
+        "}" ::"r"(shared_address(to)),
+        "l"(word), "r"(shared_address(barrier)), "r"(rank)
+        : "memory");
+}
+
 // 16 bytes to shared memory, without waiting for them.
 __device__ __forceinline__ void copy(uint4* to, const uint4* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(from)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
                  : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() {
@@ -64,6 +109,9 @@ __device__ __forceinline__ uint64_t look(const uint64_t* at) {
 __device__ __forceinline__ void touch(int32_t word) {
     if (__any_sync(0xFFFFFFFFu, word == 0x5EEDF00D)) __nanosleep(0);
 }
+
+// Whether it is so for any of the lanes that run together now.
+__device__ __forceinline__ bool any_active(bool mine) { return __any_sync(__activemask(), mine); }
 
 // The greater of two, or of two pairs of 16-bit ones; NaN if there is one.
 template <typename scalar_t>
@@ -93,6 +141,7 @@ constexpr int kThreads = 512, kWarps = kThreads / 32, kBlocksPerSM = 2;
 constexpr int kPortableCluster = 8, kMaxCluster = 16;
 constexpr int kResident = 8;  // 16-byte vectors of a row that a thread keeps at most
 constexpr int kLoads = 4;     // of those, at once
+constexpr int kMaxAhead = 8;  // groups of blocks, each with a node of a sampled path
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 static_assert(kThreads >= kMaxTreeNodes, "a thread has at most one node");
 
@@ -114,7 +163,8 @@ constexpr uint32_t kSent = 1u << 31, kIsChild = 1u << 30, kRejected = 0x7FFFFFFF
 struct AcceptParams {
     int32_t blocks;  // of a cluster; 1 where the blocks of a row work by themselves
     int32_t first_mail;
-    int32_t each;  // 16-byte vectors of a row that a warp has
+    int32_t each;   // 16-byte vectors of a row that a warp has
+    int32_t ahead;  // a request's groups measure a likely path's nodes, not all
     AcceptArgs a;
 };
 
@@ -129,12 +179,15 @@ struct Shared {
     Request request;
     Distribution dist[kMaxTreeNodes];  // of measured nodes
     int64_t tokens[kMaxTreeNodes];
-    uint64_t mail[kMaxTreeNodes];
+    uint64_t mail[kMaxTreeNodes];  // ahead: of a node's children, argmax_key of their logits
+    uint32_t draws[kMaxAhead];     // ahead: what is sent of a likely path's nodes
     uint64_t partial[kWarps][kPivots];
     uint64_t block[2][kMaxCluster][kPivots];  // each block's part, which it puts here; in turns
+    ptx::mbarrier_t came[2];                  // all of them
     CutoffSearch search;
     uint32_t pivots[kPivots];
     float bounds[kPivots];   // the least logit above each
+    float top;               // and above the search's last key
     uint32_t first[2];       // where the block's greatest logit is; in turns
     uint64_t units[kWarps];  // weight of each warp's part of a row
     uint64_t draw, seed, offset;
@@ -161,9 +214,28 @@ struct Cluster {
     }
     // A block may put something into another's shared memory only once that has begun: it says so
     // with start(), and started() waits for all of them.
-    __device__ static void start() {
+    __device__ static void start(ptx::mbarrier_t (&barriers)[2]) {
 #if MK_CLUSTERS
+        if (threadIdx.x == 0) {
+            ptx::init(&barriers[0]);
+            ptx::init(&barriers[1]);
+        }
         ptx::cluster_arrive();
+#endif
+    }
+    __device__ static void expect(ptx::mbarrier_t* barrier, uint32_t bytes) {
+#if MK_CLUSTERS
+        ptx::expect(barrier, bytes);
+#endif
+    }
+    __device__ static void wait(ptx::mbarrier_t* barrier, uint32_t parity) {
+#if MK_CLUSTERS
+        ptx::wait(barrier, parity);
+#endif
+    }
+    __device__ static void put(uint64_t* to, uint64_t word, ptx::mbarrier_t* barrier, int rank) {
+#if MK_CLUSTERS
+        ptx::put(to, word, barrier, rank);
 #endif
     }
     __device__ static void started() {
@@ -231,8 +303,8 @@ struct Accept {
     Shared& s;
     uint4* const kept;  // the block's part of the row at hand; each thread reads only what it wrote
     const int warp, lane;
-    const Request& r;  // in shared memory, after load_tree()
-    int turn = 0;      // of s.block and s.first
+    const Request& r;   // in shared memory, after load_tree()
+    int exchanges = 0;  // so far
 
     __device__ Accept(const AcceptParams& params, Shared& shared, uint4* row)
         : p(params),
@@ -246,9 +318,16 @@ struct Accept {
 
     __device__ static int b() { return blockIdx.z; }
     __device__ static int rank() { return blockIdx.x; }  // among the blocks of a row
+#if MK_CLUSTERS
+    __device__ int blocks() const { return p.blocks; }     // of a cluster
+    __device__ int turn() const { return exchanges % 2; }  // of s.block, s.came and s.first
+#else
+    __device__ int blocks() const { return 1; }
+    __device__ int turn() const { return 0; }
+#endif
 
     __device__ void sync() const {
-        if (p.blocks > 1) {
+        if (blocks() > 1) {
             Cluster::sync();
         } else {
             __syncthreads();
@@ -361,11 +440,11 @@ struct Accept {
             for (int e = 0; e < kVector; ++e) f(v * kVector - x.skew + e, element(part, e));
         }
     }
-    // f(logit) for all that are not below `least` (NaN: for all), and for some that are: not for
-    // vectors that have nothing else. Of a kept row those are marked first, so that a warp takes as
-    // many turns as the lane with the most of them, not one for each that any of its lanes needs.
+    // f(vector) for those that have anything not below `least` (NaN: for all). Of a kept row those
+    // are marked first, so that a warp takes as many turns as the lane with the most of them, not
+    // one for each that any of its lanes needs.
     template <bool from_kept, typename F>
-    __device__ void for_each_from(float least, const Span& x, F&& f) const {
+    __device__ void for_each_vector_from(float least, const Span& x, F&& f) const {
         if constexpr (from_kept) {
             const int first = x.begin + lane;
             uint32_t which = (1u << (x.end - first + 31) / 32) - 1;
@@ -378,31 +457,78 @@ struct Accept {
             }
 #pragma unroll 1
             for (; which; which &= which - 1) {
-                const uint4 part = kept[first - x.base + 32 * lowest_bit(which)];
-#pragma unroll
-                for (int e = 0; e < kVector; ++e) f(element(part, e));
+                f(kept[first - x.base + 32 * lowest_bit(which)]);
             }
         } else {
 #pragma unroll 1
             for (int v = x.begin + lane; v < x.end; v += 32) {
                 const uint4 part = load(x, v);
-                if (!reaches(part, least)) continue;
-#pragma unroll
-                for (int e = 0; e < kVector; ++e) f(element(part, e));
+                if (reaches(part, least)) f(part);
             }
         }
     }
 
-    // Puts what the block's warps have in s.partial together, into all blocks' s.block: after the
-    // next barrier each reads only its own, so that one may end while another still reads.
+    // f(logit) for all that are not below `least`, and for some that are.
+    template <bool from_kept, typename F>
+    __device__ void for_each_from(float least, const Span& x, F&& f) const {
+        for_each_vector_from<from_kept>(least, x, [&](const uint4& part) {
+#pragma unroll
+            for (int e = 0; e < kVector; ++e) f(element(part, e));
+        });
+    }
+    // f(logit) for those of a kept row from `least` up to `top`, without it: marked first, as
+    // above.
+    template <typename F>
+    __device__ void for_each_between(float least, float top, const Span& x, F&& f) const {
+        constexpr int kVectors = 32 / kVector;
+#pragma unroll 1
+        for (int v = x.begin + lane; v < x.end; v += 32 * kVectors) {
+            uint32_t which = 0;
+#pragma unroll
+            for (int i = 0; i < kVectors; ++i) {
+                if (v + 32 * i >= x.end) break;
+                const uint4 part = kept[v - x.base + 32 * i];
+#pragma unroll
+                for (int e = 0; e < kVector; ++e) {
+                    const float logit = element(part, e);
+                    if (logit >= least && logit < top) which |= 1u << (i * kVector + e);
+                }
+            }
+#pragma unroll 1
+            for (; which; which &= which - 1) {
+                const uint32_t bit = lowest_bit(which);
+                const uint4* part = kept + v - x.base + 32 * (bit / kVector);
+                const word_t word = reinterpret_cast<const word_t*>(part)[bit % kVector];
+                f(element(make_uint4(word, 0, 0, 0), 0));
+            }
+        }
+    }
+
+    // Puts what the block's warps have in s.partial together, into all blocks' s.block, and waits
+    // for theirs: each reads only its own, so that one may end while another still reads.
     template <typename Op>
     __device__ void exchange(int num_values) {
         if (warp < num_values) {
             uint64_t value[1] = {lane < kWarps ? s.partial[lane][warp] : 0};
             Op::template reduce<1>(value);
-            const int from = p.blocks > 1 ? rank() : 0;
-            if (lane < p.blocks) *Cluster::of(&s.block[turn][from][warp], lane) = value[0];
+            if (blocks() > 1) {
+                put(value[0], warp, num_values);
+            } else if (lane == 0) {
+                s.block[turn()][0][warp] = value[0];
+            }
         }
+        if (blocks() > 1) {
+            Cluster::wait(&s.came[turn()], exchanges / 2 % 2);
+        } else {
+            __syncthreads();
+        }
+    }
+    // One of the block's words, by a warp.
+    __device__ void put(uint64_t word, int which, int num_words) {
+        if (threadIdx.x == 0)
+            Cluster::expect(&s.came[turn()], blocks() * num_words * sizeof(uint64_t));
+        if (lane < blocks())
+            Cluster::put(&s.block[turn()][rank()][which], word, &s.came[turn()], lane);
     }
     // Of all threads of the cluster, to all of them.
     template <typename Op, int kValues>
@@ -414,20 +540,20 @@ struct Accept {
         }
         __syncthreads();
         exchange<Op>(kValues);
-        sync();
-        if (p.blocks == 1) {
+        if (blocks() == 1) {
 #pragma unroll
-            for (int k = 0; k < kValues; ++k) values[k] = s.block[turn][0][k];
+            for (int k = 0; k < kValues; ++k) values[k] = s.block[turn()][0][k];
         } else {
 #pragma unroll
             for (int k = 0; k < kValues; ++k)
-                values[k] = lane < p.blocks ? s.block[turn][lane][k] : 0;
+                values[k] = lane < blocks() ? s.block[turn()][lane][k] : 0;
             Op::template reduce<kValues>(values);
         }
-        turn ^= 1;  // a block is at most one reduction ahead of another
+        ++exchanges;  // a block is at most one ahead of another
     }
 
-    // What everything that is not below each of s.bounds weighs, to all blocks' s.block.
+    // What everything that is not below each of s.bounds weighs, to all blocks' s.block. Of a kept
+    // row without what is above the search's last key, which is known.
     __device__ void measure_pivots(const Distribution& weights) {
         if (lane < kPivots) s.partial[warp][lane] = 0;
         constexpr int kAtOnce = kExactSums / kVector * 32;  // vectors of a warp
@@ -443,23 +569,39 @@ struct Accept {
         } while (!kKeeps && from < p.each);
         __syncthreads();
         exchange<Sum>(kPivots);
-        sync();
     }
     // The same for a part of a warp's range, to s.partial.
     __device__ void add_pivots(const Distribution& weights, const Span& x) {
         float bounds[kPivots], high[kPivots] = {}, low[kPivots] = {};
 #pragma unroll
         for (int j = 0; j < kPivots; ++j) bounds[j] = s.bounds[j];
-        for_each_from<kKeeps>(bounds[0], x, [&](float v) {
+        const auto add = [&]<int kLower>(float v) {  // to the lower pivots' sums
             const auto [v_high, v_low] = weights.weight_parts(v);
 #pragma unroll
-            for (int j = 0; j < kPivots; ++j) {
+            for (int j = 0; j < kLower; ++j) {
                 if (v >= bounds[j]) {
                     high[j] = f_add(high[j], v_high);
                     low[j] = f_add(low[j], v_low);
                 }
             }
-        });
+        };
+        if (kKeeps && s.search.round > 0) {
+            for_each_between(bounds[0], s.top, x,
+                             [&](float v) { add.template operator()<kPivots>(v); });
+        } else {
+            for_each_vector_from<kKeeps>(bounds[0], x, [&](const uint4& part) {
+                // The first round's upper pivots have little above them.
+                if (!kKeeps || ptx::any_active(reaches(part, bounds[kPivots / 2]))) {
+#pragma unroll
+                    for (int e = 0; e < kVector; ++e)
+                        add.template operator()<kPivots>(element(part, e));
+                } else {
+#pragma unroll
+                    for (int e = 0; e < kVector; ++e)
+                        add.template operator()<kPivots / 2>(element(part, e));
+                }
+            });
+        }
         uint32_t highs[kPivots], lows[kPivots];
 #pragma unroll
         for (int j = 0; j < kPivots; ++j) {
@@ -490,11 +632,12 @@ struct Accept {
     __device__ void narrow_search(const Distribution& d) {
         uint64_t sum = 0;
 #pragma unroll 1
-        for (int i = lane / kPivots; i < p.blocks; i += 32 / kPivots)
-            sum += s.block[turn][i][lane % kPivots];
+        for (int i = lane / kPivots; i < blocks(); i += 32 / kPivots)
+            sum += s.block[turn()][i][lane % kPivots];
 #pragma unroll
         for (int apart = kPivots; apart < 32; apart *= 2) sum += shuffle(sum, lane ^ apart);
         CutoffSearch search = s.search;
+        if (kKeeps) sum += search.above;
         const uint32_t pivot = s.pivots[lane % kPivots];
         if (search.limit == 0) search.limit = top_p_limit(r.top_p, shuffle(sum, 0));
         const int reached = __reduce_add_sync(kAllLanes, sum >= search.limit) / (32 / kPivots);
@@ -511,7 +654,10 @@ struct Accept {
             s.pivots[lane] = pivot;
             s.bounds[lane] = search.bound(pivot);
         }
-        if (lane == 0) s.search = search;
+        if (lane == 0) {
+            s.search = search;
+            s.top = search.bound(search.last);
+        }
     }
 
     // Of all threads of the cluster: argmax_key of a row's greatest logit, where that has no NaN;
@@ -528,7 +674,7 @@ struct Accept {
         const uint32_t key = best == best ? order_key(best) : kKeyOfNan;
         const uint32_t of_warp = __reduce_max_sync(kAllLanes, key);
         if (lane == 0) s.partial[warp][0] = of_warp;
-        if (threadIdx.x == 0) s.first[turn] = 0xFFFFFFFFu;
+        if (threadIdx.x == 0) s.first[turn()] = 0xFFFFFFFFu;
         __syncthreads();
         const uint32_t of_block = __reduce_max_sync(
             kAllLanes, lane < kWarps ? static_cast<uint32_t>(s.partial[lane][0]) : 0u);
@@ -552,18 +698,17 @@ struct Accept {
                 }
             }
             at = __reduce_min_sync(kAllLanes, at);
-            if (lane == 0) atomicMin(&s.first[turn], at);
+            if (lane == 0) atomicMin(&s.first[turn()], at);
         }
         __syncthreads();
-        uint64_t key_and_place[1] = {uint64_t(of_block) << 32 | (0xFFFFFFFFu - s.first[turn])};
-        if (p.blocks > 1) {
-            if (warp == 0 && lane < p.blocks)
-                *Cluster::of(&s.block[turn][rank()][0], lane) = key_and_place[0];
-            sync();
-            key_and_place[0] = lane < p.blocks ? s.block[turn][lane][0] : 0;
+        uint64_t key_and_place[1] = {uint64_t(of_block) << 32 | (0xFFFFFFFFu - s.first[turn()])};
+        if (blocks() > 1) {
+            if (warp == 0) put(key_and_place[0], 0, 1);
+            Cluster::wait(&s.came[turn()], exchanges / 2 % 2);
+            key_and_place[0] = lane < blocks() ? s.block[turn()][lane][0] : 0;
             Max::reduce<1>(key_and_place);
         }
-        turn ^= 1;
+        ++exchanges;
         return key_and_place[0];
     }
 
@@ -655,7 +800,7 @@ struct Accept {
             do {
                 measure_pivots(by_count ? d.flat() : d);
                 if (warp == 0) narrow_search(d);
-                turn ^= 1;
+                ++exchanges;
                 __syncthreads();
             } while (s.search.first < s.search.last);
             if (threadIdx.x == 0) {
@@ -693,7 +838,7 @@ struct Accept {
             static_assert(kWarps % kEach == 0, "a lane's units are of one block");
             const int first = lane * kEach;
             uint64_t own[kEach] = {}, mine = 0;
-            if (first < p.blocks * kWarps) {
+            if (first < blocks() * kWarps) {
                 const uint64_t* units = Cluster::of(s.units, first / kWarps) + first % kWarps;
 #pragma unroll
                 for (int i = 0; i < kEach; ++i) mine += own[i] = units[i];
@@ -797,7 +942,7 @@ struct Accept {
                 parent = parent < 0 ? 0 : parent < t ? parent : t - 1;
                 set_bit(s.inner, parent);
                 mine = !kGreedyOnly && request.mode != kGreedy &&
-                       (gridDim.y == 1 || parent % gridDim.y == blockIdx.y);
+                       (gridDim.y == 1 || p.ahead || parent % gridDim.y == blockIdx.y);
                 if (mine && in_vocab(token, p.a.vocab))
                     own_bits = reinterpret_cast<const word_t*>(row(parent))[token];
             }
@@ -805,6 +950,7 @@ struct Accept {
             s.tokens[t] = token;
             s.depth[t] = 0;
             s.score[t] = 0.0f;
+            if (!kGreedyOnly) s.mail[t] = 0;
         }
         if (t == 0) {
             s.fetched = first;
@@ -817,6 +963,10 @@ struct Accept {
         __syncthreads();
         if (mine) s.weights[t] = own_bits;  // waits for it
         if (mine && request.mode == kSampling) {
+            using word = unsigned long long;
+            if (p.ahead)
+                atomicMax(reinterpret_cast<word*>(s.mail + parent),
+                          word(argmax_key(own_logit(), t)));
             bool again = false;
 #pragma unroll 4
             for (int c = parent + 1; c < t; ++c)
@@ -832,7 +982,7 @@ struct Accept {
     // Where node t's words begin.
     __device__ uint64_t* mail(int node) const {
         return accept_mail + p.first_mail +
-               (int64_t(b()) * p.a.size + node) * (p.blocks > 1 ? 1 : gridDim.x);
+               (int64_t(b()) * p.a.size + node) * (blocks() > 1 ? 1 : gridDim.x);
     }
     // The lower half of a node's word.
     __device__ void send(int node, uint32_t what) const {
@@ -841,7 +991,7 @@ struct Accept {
     }
     // Greedy: the word of this block's part of a node's row, which may be empty.
     __device__ void send_greatest(int node) const {
-        if (threadIdx.x > 0 || (p.blocks > 1 && rank() > 0)) return;
+        if (threadIdx.x > 0 || (blocks() > 1 && rank() > 0)) return;
         const Distribution& d = s.dist[node];
         const bool is_number = d.has_max && d.argmax >= 0;
         ptx::send(mail(node) + rank(), is_number ? argmax_key(d.max, d.argmax) : kNoNumber);
@@ -860,23 +1010,25 @@ struct Accept {
     // What the others have sent, to s.mail, by one block; they may not all have begun to run, but
     // each does.
     __device__ void receive() {
-        const int each = p.blocks > 1 ? 1 : gridDim.x;
+        const int each = blocks() > 1 ? 1 : gridDim.x;
 #pragma unroll 1
         for (int i = threadIdx.x; i < r.nodes * each; i += kThreads) {
-            uint64_t* at = mail(0) + i;
             const bool two = mode_of_request() == kTypical && i > 0;  // halves, that come apart
-            uint64_t word;
-            do {
-                word = ptx::look(at);
-            } while (static_cast<uint32_t>(word) == 0 || (two && word >> 32 == 0));
-            *at = 0;
-            s.mail[i] = word;
+            s.mail[i] = take(mail(0) + i, two);
         }
         __syncthreads();
     }
+    __device__ static uint64_t take(uint64_t* at, bool two) {
+        uint64_t word;
+        do {
+            word = ptx::look(at);
+        } while (static_cast<uint32_t>(word) == 0 || (two && word >> 32 == 0));
+        *at = 0;
+        return word;
+    }
     // Greedy: argmax_key of a node's row, from the parts of it.
     __device__ uint64_t received_greatest(int node) const {
-        const int each = p.blocks > 1 ? 1 : gridDim.x;
+        const int each = blocks() > 1 ? 1 : gridDim.x;
         uint64_t most = 0;
 #pragma unroll 1
         for (int i = 0; i < each; ++i) most = max(most, s.mail[node * each + i]);
@@ -1002,6 +1154,47 @@ struct Accept {
         return s.picked;
     }
 
+    // Ahead: the i-th node of the likely path, kMaxTreeNodes if it is shorter.
+    __device__ int likely_node(int i) const {
+        int node = 0;
+#pragma unroll 1
+        for (; i > 0 && node < kMaxTreeNodes; --i) node = likely_child(node);
+        return node;
+    }
+    __device__ int likely_child(int node) const {
+        const uint64_t most = s.mail[node];
+        return most ? 0xFFFFFFFFu - static_cast<uint32_t>(most) : kMaxTreeNodes;
+    }
+    // Ahead, the last group: the node to which the others' draws lead, its depth included. Whether
+    // the path ends there: then s.dist has what comes after it.
+    __device__ bool follow(int* node) {
+        const int t = threadIdx.x, others = gridDim.y - 1;
+        if (rank() == 0 && t < others && likely_node(t) < kMaxTreeNodes) {
+            const uint32_t draw = static_cast<uint32_t>(take(mail(likely_node(t)), false));
+            for (int i = 0; i < blocks(); ++i) *Cluster::of(&s.draws[t], i) = draw;
+        }
+        sync();
+        bool ends = false, likely = true;
+        *node = 0;
+#pragma unroll 1
+        for (int i = 0; i < others && likely && !ends; ++i) {
+            const uint32_t draw = s.draws[i];
+            ends = !(draw & kIsChild);
+            if (ends) {
+                if (t == 0) {
+                    s.dist[*node].valid = false;
+                    s.dist[*node].argmax = draw & ~kSent;
+                }
+            } else {
+                const int child = draw & (kIsChild - 1);
+                likely = child == likely_child(*node);
+                *node = child;
+                if (t == 0) s.depth[child] = i + 1;
+            }
+        }
+        __syncthreads();
+        return ends;
+    }
     // Writes the path to `end`, cut after its first end token and to max_tokens, as cut_path()
     // does; depth -1: nothing. Returns whether the request ends with it.
     __device__ bool write_path(int end, int depth) {
@@ -1056,23 +1249,34 @@ struct Accept {
         constexpr int kLines = (offsetof(AcceptParams, a.eos_value) + 63) / 64;
         ptx::touch(reinterpret_cast<const int32_t*>(&p)[min(warp, kLines - 1) * 16]);
         const Request request = load_request(p.a, b());
-        const bool shares = gridDim.y > 1 && request.nodes > 0;
-        if (!shares && blockIdx.y > 0) return;  // the whole cluster does
+        const bool shares = gridDim.y > 1 && !p.ahead && request.nodes > 0;
+        const bool ahead =
+            !kGreedyOnly && p.ahead && request.mode == kSampling && request.nodes > 0;
+        if (!shares && !ahead && !is_last()) return;  // the whole cluster does
         if (threadIdx.x == 0) s.request = request;
-        if (p.blocks > 1) Cluster::start();
-        enum { kShare, kWalk, kLast } stage = shares ? kShare : kWalk;
+        if (blocks() > 1) Cluster::start(s.came);
+        enum { kShare, kFollow, kWalk, kLast } stage = kWalk;
+        if (shares || (ahead && !is_last())) {
+            stage = kShare;
+        } else if (ahead) {
+            stage = kFollow;
+        }
         int node = shares ? blockIdx.y : 0;
-        load_tree(request, node);
-        if (p.blocks > 1) {
+        load_tree(request, ahead && blockIdx.y > 0 ? kMaxTreeNodes : node);
+        if (blocks() > 1) {
             Cluster::started();
         }
+        if (ahead) {
+            __syncthreads();
+            node = likely_node(blockIdx.y);
+        }
         if (stage == kWalk) {
-            if (p.a.generator) take_seed();
+            if (p.a.generator && gridDim.y == 1) take_seed();
             if (threadIdx.x == 0) s.accepted[0] = 1;
             __syncthreads();
         }
-        if (!shares) write_next(-1);  // where the request ends
-        while (node < r.nodes) {
+        if (stage != kShare) write_next(-1);  // where the request ends
+        while (node < r.nodes || stage == kFollow) {
             int mode = mode_of_request();
             bool needed = true;
             if (stage == kShare) {
@@ -1089,16 +1293,19 @@ struct Accept {
             } else if (mode != kSampling) {
                 needed = has(s.inner, node) && s.depth[node] < p.a.max_depth;
             }
-            if (needed && !has(s.measured, node)) {
+            if (needed && node < r.nodes && !has(s.measured, node)) {
                 measure(node, mode, p.a.has_seed);
                 if (threadIdx.x == 0) set_bit(s.measured, node);
                 __syncthreads();
             }
-            if (mode_of_request() == kSampling) {
+            if (stage == kFollow) {
+                stage = kWalk;
+                if (!follow(&node)) continue;
+            } else if (mode_of_request() == kSampling) {
                 const int child = pick(node);
                 if (child >= 0 && stage == kShare) {
                     send(node, kIsChild | child);
-                    node += gridDim.y;
+                    node = next_of_group(node);
                 } else if (child >= 0) {
                     node = child;
                 }
@@ -1140,13 +1347,18 @@ struct Accept {
             } else {
                 send(node, next);
             }
-            node += gridDim.y;
+            node = next_of_group(node);
         }
         if (!shares && r.nodes > 0) {
-            if (p.blocks > 1) sync();  // a block's shared memory must outlive the others' accesses
-        } else if (rank() == 0 && (!shares || blockIdx.y + 1 == gridDim.y)) {
+            if (blocks() > 1) sync();  // a block's shared memory must outlive the others' accesses
+        } else if (rank() == 0 && is_last()) {
             finish(shares);
         }
+        if (gridDim.y > 1 && is_last()) advance();
+    }
+    __device__ static bool is_last() { return blockIdx.y + 1 == gridDim.y; }
+    __device__ int next_of_group(int node) const {
+        return p.ahead ? kMaxTreeNodes : node + gridDim.y;
     }
 
     // Where all nodes are measured at once, or none: the path, and what comes after it.
@@ -1165,12 +1377,15 @@ struct Accept {
         }
         const bool finished = write_path(end, depth);
         write_next(finished ? -1 : received_next(end));
-        if (shares && threadIdx.x == 0 && p.a.generator) {
-            if (p.a.batch > 1) {
-                take_offset();
-            } else {
-                p.a.generator[1] = (s.offset + 1) & kOffsetMask;
-            }
+    }
+
+    // The generator, of which every group of the request has read the offset by itself.
+    __device__ void advance() const {
+        if (rank() > 0 || threadIdx.x > 0 || !p.a.generator) return;
+        if (p.a.batch > 1) {
+            take_offset();
+        } else {
+            p.a.generator[1] = (s.offset + 1) & kOffsetMask;
         }
     }
 
@@ -1185,7 +1400,7 @@ struct Accept {
     __device__ void take_seed() {
         if (rank() == 0 && threadIdx.x == 0) {
             const uint64_t offset = take_offset();
-            for (int i = 0; i < p.blocks; ++i) *Cluster::of(&s.offset, i) = offset;
+            for (int i = 0; i < blocks(); ++i) *Cluster::of(&s.offset, i) = offset;
         }
         sync();
     }

@@ -17,6 +17,7 @@ int num_cases = 0, num_deep = 0, num_drawn = 0, num_close = 0;
 struct Launch {
     int width, groups;      // blocks that share a row, and groups of them
     bool clustered = true;  // else each works by itself
+    bool ahead = false;     // a group has a node of a likely path
 };
 
 const gpu::AcceptParams* params;
@@ -193,7 +194,7 @@ void run_case(int mode, const Launch& x) {
     put_into(results[1]);
     uint64_t generator[2] = {static_cast<uint64_t>(a.seed), offset};
     if (offset) a.generator = generator;
-    launch<scalar_t, kKeeps>({x.clustered ? x.width : 1, pick(0, 9), 0, a}, x);
+    launch<scalar_t, kKeeps>({x.clustered ? x.width : 1, pick(0, 9), 0, x.ahead, a}, x);
 
     bool same = results[0].ints == results[1].ints && results[0].longs == results[1].longs;
     for (int b = 0; b < batch; ++b) same &= results[0].finished[b] == results[1].finished[b];
@@ -224,10 +225,14 @@ int main(int argc, char** argv) {
     const int rounds = argc > 1 ? std::atoi(argv[1]) : 1;
     for (int mode : {kTypical, kSampling, kGreedy}) {
         for (int round = 0; round < rounds; ++round) {
-            // A walk, and all nodes at once with one and with several rows a cluster.
-            for (const Launch& x : {Launch{1, 1}, Launch{1, 3}, Launch{1, 80}, Launch{2, 1},
-                                    Launch{2, 4}, Launch{4, 1}, Launch{2, 80, false}}) {
+            // A walk, alone and with nodes ahead, and all nodes at once with one and with several
+            // rows a cluster.
+            for (const Launch& x :
+                 {Launch{1, 1}, Launch{1, 3}, Launch{1, 80}, Launch{2, 1}, Launch{2, 4},
+                  Launch{4, 1}, Launch{2, 80, false}, Launch{1, 2, true, true},
+                  Launch{2, 4, true, true}, Launch{1, 7, true, true}}) {
                 if (!x.clustered && mode != kGreedy) continue;
+                if (x.ahead && mode != kSampling) continue;
                 run_case<__nv_bfloat16, bf16_t, true>(mode, x);
                 if (round % 3 == 0) run_case<__half, fp16_t, true>(mode, x);
                 if (round % 3 == 1) run_case<float, float, true>(mode, x);

@@ -369,6 +369,32 @@ inline void cluster_arrive() {
 inline void cluster_wait() {
     cuda_on_cpu::wait(cuda_on_cpu::cluster, cuda_on_cpu::current->cluster_seen);
 }
+struct mbarrier_t {
+    int32_t bytes;            // that are still to come
+    int16_t expects, parity;  // whether expect() is, too; of the phase
+    void settle() {
+        if (expects || bytes) return;
+        expects = 1;
+        parity ^= 1;
+    }
+};
+inline void init(mbarrier_t* barrier) { *barrier = {0, 1, 0}; }
+inline void expect(mbarrier_t* barrier, uint32_t bytes) {
+    barrier->expects = 0;
+    barrier->bytes += bytes;
+    barrier->settle();
+}
+inline void wait(mbarrier_t* barrier, uint32_t parity) {
+    for (int looks = 0; barrier->parity == static_cast<int>(parity); cuda_on_cpu::yield()) {
+        if (++looks > 10000) cuda_on_cpu::fail("a thread waits for ever");
+    }
+}
+inline void put(uint64_t* to, uint64_t word, mbarrier_t* barrier, int rank) {
+    *cuda_on_cpu::of_block(to, rank) = word;
+    mbarrier_t* there = cuda_on_cpu::of_block(barrier, rank);
+    there->bytes -= sizeof word;
+    there->settle();
+}
 // Copied as late as can be.
 inline void copy(uint4* to, const uint4* from) {
     cuda_on_cpu::current->copies.push_back({to, from});
@@ -378,6 +404,7 @@ inline void wait_for_copies() {
     cuda_on_cpu::current->copies.clear();
 }
 inline void touch(int32_t) {}
+inline bool any_active(bool mine) { return mine; }
 template <typename T>
 void send(T* to, T word) {
     *to = word;
