@@ -1,7 +1,9 @@
 """A small run of each operator for compute-sanitizer: see `make sanitize`.
 
-compute-sanitizer --tool memcheck python tests/sanitize.py
+compute-sanitizer --tool memcheck python tests/sanitize.py [attention] [acceptance] [compaction]
 """
+
+import sys
 
 import torch
 
@@ -46,21 +48,35 @@ def acceptance(mode, batch, size, vocab, dtype):
     return result
 
 
-attention(8, 2, 128, torch.bfloat16, [100, 5, 0], [20, 20, 0])
-attention(4, 4, 64, torch.bfloat16, [300, 64], [20, 7], block_size=16, window=30, softcap=5.0)
-attention(4, 2, 128, torch.float8_e4m3fn, [100, 70], [20, 20])
-attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1])  # Hopper's own kernel
-attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1], block_size=16)
-attention(8, 2, 128, torch.bfloat16, [600, 70], [20, 7], batch_invariant=True)
-attention(4, 4, 64, torch.bfloat16, [300, 64], [20, 7], block_size=16, batch_invariant=True)
-for mode in ("greedy", "typical", "sampling"):
-    acceptance(mode, 2, 13, 1000, torch.float32)
-    result = acceptance(mode, 3, 40, 32000, torch.bfloat16)
-kv = torch.randn(3, 2, 3, 200, 4, 64, device=device, dtype=torch.float16)
-lens = torch.tensor([100, 5, 0], dtype=torch.int32, device=device)
-compact_kv_cache(kv, result.path, result.accept_length, lens)
-layers = [(torch.randn(12, 16, 2, 64, device=device), torch.randn(12, 16, 2, 64, device=device)) for _ in range(2)]
-table = torch.randperm(12).view(3, 4).int().to(device)
-compact_kv_cache(layers, result.path, result.accept_length, lens.clamp(max=20), block_table=table)
+def run_attention():
+    attention(8, 2, 128, torch.bfloat16, [100, 5, 0], [20, 20, 0])
+    attention(4, 4, 64, torch.bfloat16, [300, 64], [20, 7], block_size=16, window=30, softcap=5.0)
+    attention(4, 2, 128, torch.float8_e4m3fn, [100, 70], [20, 20])
+    attention(160, 40, 128, torch.float8_e4m3fn, [400, 130, 64], [64, 64, 1])
+    attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1])  # Hopper's own kernel
+    attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1], block_size=16)
+    attention(8, 2, 128, torch.bfloat16, [600, 70], [20, 7], batch_invariant=True)
+    attention(4, 4, 64, torch.bfloat16, [300, 64], [20, 7], block_size=16, batch_invariant=True)
+
+
+def run_acceptance():
+    for mode in ("greedy", "typical", "sampling"):
+        acceptance(mode, 2, 13, 1000, torch.float32)
+        acceptance(mode, 3, 40, 32000, torch.bfloat16)
+
+
+def run_compaction():
+    result = acceptance("sampling", 3, 40, 1000, torch.bfloat16)
+    kv = torch.randn(3, 2, 3, 200, 4, 64, device=device, dtype=torch.float16)
+    lens = torch.tensor([100, 5, 0], dtype=torch.int32, device=device)
+    compact_kv_cache(kv, result.path, result.accept_length, lens)
+    layers = [(torch.randn(12, 16, 2, 64, device=device), torch.randn(12, 16, 2, 64, device=device)) for _ in range(2)]
+    table = torch.randperm(12).view(3, 4).int().to(device)
+    compact_kv_cache(layers, result.path, result.accept_length, lens.clamp(max=20), block_table=table)
+
+
+runs = {"attention": run_attention, "acceptance": run_acceptance, "compaction": run_compaction}
+for name in sys.argv[1:] or runs:
+    runs[name]()
 torch.cuda.synchronize()
 print("ok")
