@@ -15,10 +15,9 @@
 //
 // A warpgroup keeps Q in registers and takes the softmax of tile j while the tensor cores work on
 // the scores of tile j + 1 and on the probabilities of tile j - 1 with V; two warpgroups take turns
-// to begin these. The maximum that a row's
-// exponents refer to moves only when it falls behind by more than 2^8 (FlashAttention-4), so the
-// accumulator is rescaled a few times in all; the result is the same, as its denominator has the
-// same reference.
+// to begin these. The maximum that a row's exponents refer to moves only when it falls behind by
+// more than 2^8 (FlashAttention-4), so the accumulator is rescaled a few times in all; the result
+// is the same, as its denominator has the same reference.
 //
 // Where there are more row blocks than multiprocessors, blocks stay and draw the next one from a
 // counter: its tiles are on their way, its Q loaded under the last softmax of the one before, and
@@ -54,8 +53,34 @@ constexpr int kEarlyTiles = 20;
 __device__ uint32_t split_arrivals[2 * kArrivals];
 
 constexpr int kMostStages = 12;          // of the ring of tiles
+constexpr int kFree = kMostStages * 16;  // from its barriers to those that say that a tile is free
 constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
 constexpr int kHalfBytes = 128 * kKeys;  // 64 dims of a tile
+
+// A place in the ring of tiles, and the parity of the phase in which it is filled.
+struct Ring {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    template <int kStep>
+    __device__ __forceinline__ void advance(int stages) {
+        stage += kStep;
+        if (stage >= stages) {
+            stage -= stages;
+            phase ^= 1;
+        }
+    }
+    __device__ __forceinline__ void advance(const Divisor& stages, int count) {
+        const int rounds = (stage + count) / stages;
+        stage += count - rounds * stages.value;
+        phase ^= rounds & 1;
+    }
+};
+
+// The barrier that says that K's (0) or V's (1) tile there is full; or, 2 further on, free.
+__device__ __forceinline__ uint32_t barrier_of(uint32_t barriers, int v, const Ring& ring) {
+    return barriers + (v * kMostStages + ring.stage) * 8;
+}
 
 // T: of q, k, v and the results. Fp8: the cache's, e4m3, which fp16 holds exactly.
 template <typename T_, int kDim_, int kGroups_, bool kFp8_>
@@ -87,17 +112,19 @@ struct Config {
     // Of a row of K or V as it comes, and of a tile.
     static constexpr int kRowBytes = kDim * (kFp8 ? 1 : 2);
     static constexpr int kTileBytes = kKeys * kRowBytes;
-    // A warpgroup still has V of its last tile when it waits for K of its next one.
-    static constexpr int kLeastStages = kFp8 ? 4 : 2 * kStep + 1;
     static constexpr int kConverted = kFp8 ? 5 : 0;  // stages of the ring of V as fp16
     static constexpr int kConvertedBytes = kKeys * kDim * 2;
-    static constexpr int kVStep = kFp8 ? kConvertedBytes : 2 * kTileBytes;  // of that which is read
+    // A warpgroup still has V of its last tile when it waits for what its next one needs.
+    static constexpr int kLeastStages = kFp8 ? 4 : 2 * kStep + 1;
+    static_assert(!kFp8 || kConverted >= 2 * kStep + 1);
+    // From the V of a stage to the next one's, in the ring that is multiplied.
+    static constexpr int kVStep = kFp8 ? kConvertedBytes : 2 * kTileBytes;
 
     // Shared memory, from a multiple of 1024 on: barriers of both rings, `Next`, converted tiles,
     // and of each stage K and V.
     static constexpr int kConvertedBarriers = 4 * kMostStages * 8;
     // From the barriers of the V that is multiplied to those that say that it is free.
-    static constexpr int kFreeV = (kFp8 ? kConverted : 2 * kMostStages) * 8;
+    static constexpr int kFreeV = kFp8 ? kConverted * 8 : kFree;
     static constexpr int kNext = kConvertedBarriers + 2 * kConverted * 8;
     static constexpr int kConvertedTiles = 1024;
     static constexpr int kTiles = kConvertedTiles + kConverted * kConvertedBytes;
@@ -105,6 +132,10 @@ struct Config {
         return 1024 + kTiles + 2 * stages * kTileBytes;
     }
     static_assert(kNext + 24 <= kConvertedTiles);
+    // Where K (0) or V (1) lies in the ring, as it comes.
+    __device__ __forceinline__ static uint32_t tile(uint32_t tiles, int v, const Ring& ring) {
+        return tiles + (2 * ring.stage + v) * kTileBytes;
+    }
 };
 
 // What a block does: these rows of a KV head and tiles [lo, hi), of which those below `whole` hold
@@ -155,31 +186,6 @@ struct Work {
     }
 };
 
-// A place in the ring of tiles, and the parity of the phase in which it is filled.
-struct Ring {
-    int stage = 0;
-    uint32_t phase = 0;
-
-    template <int kStep>
-    __device__ __forceinline__ void advance(int stages) {
-        stage += kStep;
-        if (stage >= stages) {
-            stage -= stages;
-            phase ^= 1;
-        }
-    }
-    __device__ __forceinline__ void advance(const Divisor& stages, int count) {
-        const int rounds = (stage + count) / stages;
-        stage += count - rounds * stages.value;
-        phase ^= rounds & 1;
-    }
-};
-
-// A barrier of K's (0) or V's (1) tile there; those that say that it is free are 2 further on.
-__device__ __forceinline__ uint32_t barrier_of(uint32_t barriers, int v, const Ring& ring) {
-    return barriers + (v * kMostStages + ring.stage) * 8;
-}
-
 // The number of the row block that a block which stays goes on with: one thread draws it and leaves
 // it in shared memory, behind a barrier that says that it is there and one that all have read it.
 struct Next {
@@ -201,6 +207,13 @@ struct Next {
         barrier_wait(full, phase);
         phase ^= 1;
         return static_cast<int>(load_shared(number()));
+    }
+    // By a warp of another warpgroup than that thread's: says that it has read it, too.
+    __device__ __forceinline__ int take_by_warp(int lane) {
+        const int item = take();
+        __syncwarp();
+        if (lane == 0) barrier_arrive(free());
+        return item;
     }
 };
 
@@ -224,10 +237,7 @@ struct Producer {
 
     __device__ __forceinline__ uint32_t full(int v) const { return barrier_of(barriers, v, ring); }
     __device__ __forceinline__ uint32_t free(int v) const { return full(v + 2); }
-
-    __device__ __forceinline__ uint32_t tile_of(int v) const {
-        return tiles + (2 * ring.stage + v) * C::kTileBytes;
-    }
+    __device__ __forceinline__ uint32_t tile_of(int v) const { return C::tile(tiles, v, ring); }
 
     __device__ __forceinline__ int page(int slot) const {
         return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
@@ -378,7 +388,7 @@ struct Producer {
                 barrier_wait(free(v), ring.phase ^ 1);
                 copy_tail(v, tile * kKeys, blocks);
             }
-            wait_copies<0>();
+            wait_copies();
             if (C::kFp8 && p.new_rows[0]) {
 #pragma unroll 1
                 for (int v = 0; v < 2; ++v) append_fp8(v, tile * kKeys);
@@ -430,7 +440,7 @@ struct Converter {
     __device__ __forceinline__ void convert() const {
         const int row = thread / kUnits, unit = thread % kUnits * 2;  // of the two that it becomes
         const int second = unit / 8;  // first, so that no banks collide
-        const uint32_t from = tiles + (2 * ring.stage + 1) * C::kTileBytes + thread * 16;
+        const uint32_t from = C::tile(tiles, 1, ring) + thread * 16;
         const uint32_t to = converted_tiles + converted.stage * C::kConvertedBytes +
                             unit / 8 * kHalfBytes + row * 128;
         const uint32_t at[2] = {to + ((unit + second ^ row) & 7) * 16,
@@ -467,15 +477,13 @@ struct Converter {
                 __syncwarp();
                 if (thread % 32 == 0) {
                     barrier_arrive(into);
-                    barrier_arrive(full + 2 * kMostStages * 8);  // free
+                    barrier_arrive(full + kFree);
                 }
                 ring.advance<1>(p.stages.value);
                 converted.advance<1>(C::kConverted);
             }
             if (!C::kStay || !p.items) break;
-            const int item = next.take();
-            __syncwarp();
-            if (thread % 32 == 0) barrier_arrive(next.free());
+            const int item = next.take_by_warp(thread % 32);
             if (item >= p.items) break;
             w.template set_rows<C>(p, item);
             w.set_tiles(p);
@@ -630,7 +638,7 @@ struct Consumer {
     }
 
     __device__ __forceinline__ void arrive_free(int v, const Ring& ring) const {
-        if (lane == 0) barrier_arrive(full(v, ring) + (v ? C::kFreeV : 2 * kMostStages * 8));
+        if (lane == 0) barrier_arrive(full(v, ring) + (v ? C::kFreeV : kFree));
     }
 
     // Begins scores[kNow], of the next tile of K in the ring. Where there is none, there is nothing
@@ -639,7 +647,7 @@ struct Consumer {
     template <int kNow>
     __device__ __forceinline__ void begin_scores(bool waits) {
         if (waits) wait_full(0, k_ring);
-        const uint32_t k = matrix_place(tiles + 2 * k_ring.stage * C::kTileBytes, 16);
+        const uint32_t k = matrix_place(C::tile(tiles, 0, k_ring), 16);
         pin(scores[kNow]);
         wgmma_begin();
         // A step is 32 bytes of a row; places count in 16.
@@ -913,9 +921,7 @@ struct Consumer {
 
     // Which row block this block goes on with, if any: loads its lengths and Q.
     __device__ __forceinline__ void look_ahead() {
-        const int item = next.take();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(next.free());
+        const int item = next.take_by_warp(lane);
         goes_on = item < p.items;
         if (goes_on) {
             following.template set_rows<C>(p, item);

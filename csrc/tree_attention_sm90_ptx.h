@@ -168,20 +168,7 @@ __device__ __forceinline__ void copy_16_bytes(uint32_t to, const void* from, boo
                  : "memory");
 }
 
-// The copies since the last commit are a group.
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Until all but the newest `kPending` groups are there; 0: all copies.
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-    if constexpr (kPending == 0) {
-        asm volatile("cp.async.wait_all;" ::: "memory");
-    } else {
-        asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-    }
-}
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // ---- wgmma: D[64, N] (+)= A[64, 16] B[16, N], A in registers and B in shared memory ----
 //
