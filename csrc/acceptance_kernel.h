@@ -23,6 +23,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "mbarrier.h"
 #define MK_CLUSTERS (__CUDA_ARCH__ >= 900)
 
 namespace medusa_kernels::gpu::ptx {
@@ -39,9 +41,6 @@ __device__ __forceinline__ void cluster_wait() {
 // for them sees the words, for which a cluster's barrier would take a fence of the whole GPU.
 using mbarrier_t = uint64_t;
 
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
 // To be followed by cluster_arrive().
 __device__ __forceinline__ void init(mbarrier_t* barrier) {
     asm volatile(
@@ -51,10 +50,7 @@ __device__ __forceinline__ void init(mbarrier_t* barrier) {
 }
 // Once a phase, by one thread.
 __device__ __forceinline__ void expect(mbarrier_t* barrier, uint32_t bytes) {
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
+    barrier_expect(shared_address(barrier), bytes);
 }
 __device__ __forceinline__ void wait(mbarrier_t* barrier, uint32_t parity) {
     asm volatile(
