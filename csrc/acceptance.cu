@@ -91,7 +91,11 @@ Plan plan(const AcceptArgs& a, int itemsize, int device) {
         if (at_once(groups) && width * a.size <= kMaxTreeNodes)
             return {width, false, groups, each(width), row_bytes(width), device, most};
     } else {
-        while (major >= 9 && width < kPortableCluster && row_bytes(width) == 0) width *= 2;
+        // Arithmetic bounds: a multiprocessor more for a row pays for a wider cluster.
+        while (major >= 9 && width < kPortableCluster &&
+               (row_bytes(width) == 0 ||
+                (2 * width * a.size * a.batch <= sms && 4 * width * kThreads <= vectors)))
+            width *= 2;
         const int groups = std::min(slots / (width * a.batch), width == 1 ? a.size + 1 : a.size);
         if (at_once(groups))
             return {width, width > 1, groups, each(width), row_bytes(width), device, most};

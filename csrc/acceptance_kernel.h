@@ -708,23 +708,28 @@ struct Accept {
         return key_and_place[0];
     }
 
+    // The same of its greatest number where there are NaNs, too; 0: it has none.
+    __device__ uint64_t greatest_number(const Span& x, bool* has_nan) {
+        const uint64_t best = greatest(x);
+        *has_nan = best >> 32 == kKeyOfNan;
+        if (!*has_nan) return best;
+        uint64_t number[1] = {0};
+        for_each<false>(x, [&](int i, float v) {
+            const bool inside = static_cast<unsigned>(i) < static_cast<unsigned>(p.a.vocab);
+            number[0] = max(number[0], inside ? argmax_key(v, i) : 0);
+        });
+        all_reduce<Max>(number);
+        return number[0];
+    }
+
     // What `mode` needs to know of a node's row, to s.dist. Called by the whole cluster, from one
     // place: it is most of the code. `exact`: typical acceptance's bound itself is needed, not only
     // what it decides.
     __device__ void measure(int node, int mode, bool exact) {
         const Span x = span(row(node));
         if (kKeeps && s.fetched != node) fetch(x);
-        uint64_t best = greatest(x);
-        const bool has_nan = best >> 32 == kKeyOfNan;
-        if (has_nan) {
-            uint64_t number[1] = {0};
-            for_each<false>(x, [&](int i, float v) {
-                const bool inside = static_cast<unsigned>(i) < static_cast<unsigned>(p.a.vocab);
-                number[0] = max(number[0], inside ? argmax_key(v, i) : 0);
-            });
-            all_reduce<Max>(number);
-            best = number[0];
-        }
+        bool has_nan;
+        const uint64_t best = greatest_number(x, &has_nan);
         const uint32_t top = static_cast<uint32_t>(best >> 32);
         Distribution d = start_distribution(best, has_nan, key_value(top), r.scale);
         if (!kGreedyOnly && d.valid && mode == kTypical) {
@@ -986,11 +991,21 @@ struct Accept {
             ptx::send(reinterpret_cast<uint32_t*>(mail(node)), kSent | what);
     }
     // Greedy: the word of this block's part of a node's row, which may be empty.
-    __device__ void send_greatest(int node) const {
+    __device__ void send_greatest(int node, uint64_t best) const {
         if (threadIdx.x > 0 || (blocks() > 1 && rank() > 0)) return;
-        const Distribution& d = s.dist[node];
-        const bool is_number = d.has_max && d.argmax >= 0;
-        ptx::send(mail(node) + rank(), is_number ? argmax_key(d.max, d.argmax) : kNoNumber);
+        const bool is_number = static_cast<uint32_t>(best) != 0;  // the place of none
+        ptx::send(mail(node) + rank(), is_number ? best : kNoNumber);
+    }
+    // The words of all of this group's nodes, for which it need not know the tree.
+    __device__ void send_all_greatest(int nodes) {
+#pragma unroll 1
+        for (int node = blockIdx.y; node < nodes; node += gridDim.y) {
+            const Span x = span(row(node));
+            if constexpr (kKeeps) fetch(x);
+            bool has_nan;
+            send_greatest(node, greatest_number(x, &has_nan));
+            __syncthreads();  // the next one's goes to the same memory
+        }
     }
     // Typical: the upper halves of its children's words.
     __device__ void send_children(int node) const {
@@ -1249,6 +1264,8 @@ struct Accept {
         const bool ahead =
             !kGreedyOnly && p.ahead && request.mode == kSampling && request.nodes > 0;
         if (!shares && !ahead && !is_last()) return;  // the whole cluster does
+        if (kGreedyOnly && shares && blocks() == 1 && !is_last())
+            return send_all_greatest(request.nodes);
         if (threadIdx.x == 0) s.request = request;
         if (blocks() > 1) Cluster::start(s.came);
         enum { kShare, kFollow, kWalk, kLast } stage = kWalk;
@@ -1339,7 +1356,7 @@ struct Accept {
                 break;
             }
             if (mode_of_request() == kGreedy) {
-                send_greatest(node);
+                send_greatest(node, d.has_max ? argmax_key(d.max, d.argmax) : 0);
             } else {
                 send(node, next);
             }
