@@ -18,8 +18,9 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
                  : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t arrivals = 1) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
 }
 
 // Arrives, and lets the phase wait for `bytes` of asynchronous copies as well.

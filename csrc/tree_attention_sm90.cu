@@ -23,11 +23,14 @@
 // counter: its tiles are on their way, its Q loaded under the last softmax of the one before, and
 // its first scores taken while the results of that one are written.
 #include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <optional>
 #include <string>
 #include <type_traits>
 
@@ -40,6 +43,7 @@ namespace medusa_kernels {
 namespace {
 
 using namespace sm90;
+using torch::stable::Tensor;
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr float kLazy = 8.0f;       // log2 of how far a reference may fall behind
@@ -109,6 +113,9 @@ struct Config {
     static_assert(kComputing * kConsumerRegisters + kProducers * kProducerRegisters <=
                   (kComputing + kProducers) * kEntryRegisters);
     static constexpr int kTerms = kFp8 ? 2 : 1;  // matrices that make up Q
+    // At the barrier of a tile that is full: one thread for all; all where others read with plain
+    // loads what these have stored, an order that compute-sanitizer's racecheck must see.
+    static constexpr int kFullArrivals = kFp8 ? kGroupThreads : 1;
     // Of a row of K or V as it comes, and of a tile.
     static constexpr int kRowBytes = kDim * (kFp8 ? 1 : 2);
     static constexpr int kTileBytes = kKeys * kRowBytes;
@@ -208,11 +215,10 @@ struct Next {
         phase ^= 1;
         return static_cast<int>(load_shared(number()));
     }
-    // By a warp of another warpgroup than that thread's: says that it has read it, too.
-    __device__ __forceinline__ int take_by_warp(int lane) {
+    // By the threads of another warpgroup than that thread's: says that it has read it, too.
+    __device__ __forceinline__ int take_and_free() {
         const int item = take();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(free());
+        barrier_arrive(free());
         return item;
     }
 };
@@ -264,7 +270,10 @@ struct Producer {
             }
             slot += kKeys;
             barrier_wait(free(v), ring.phase ^ 1);
-            if (lane == 0 && half == 0) barrier_expect(full(v), C::kTileBytes);
+            if (lane == 0 && half == 0) {
+                if constexpr (C::kFullArrivals > 1) barrier_arrive(full(v), C::kFullArrivals - 1);
+                barrier_expect(full(v), C::kTileBytes);
+            }
             __syncwarp();
             if (lane < boxes) {
                 const uint32_t to =
@@ -394,8 +403,8 @@ struct Producer {
                 for (int v = 0; v < 2; ++v) append_fp8(v, tile * kKeys);
             }
             fence_for_wgmma();
-            sync_threads<1, kGroupThreads>();
-            if (thread == 0) {
+            if constexpr (C::kFullArrivals == 1) sync_threads<1, kGroupThreads>();
+            if (C::kFullArrivals > 1 || thread == 0) {
                 barrier_arrive(full(0));
                 barrier_arrive(full(1));
             }
@@ -473,23 +482,27 @@ struct Converter {
                 barrier_wait(full, ring.phase);
                 barrier_wait(into + C::kConverted * 8, converted.phase ^ 1);
                 convert();
+                barrier_arrive(full + kFree);
                 fence_for_wgmma();
                 __syncwarp();
-                if (thread % 32 == 0) {
-                    barrier_arrive(into);
-                    barrier_arrive(full + kFree);
-                }
+                if (thread % 32 == 0) barrier_arrive(into);
                 ring.advance<1>(p.stages.value);
                 converted.advance<1>(C::kConverted);
             }
             if (!C::kStay || !p.items) break;
-            const int item = next.take_by_warp(thread % 32);
+            const int item = next.take_and_free();
             if (item >= p.items) break;
             w.template set_rows<C>(p, item);
             w.set_tiles(p);
         }
     }
 };
+
+// Rows of a row block that are there, the last one's being fewer.
+template <typename C>
+__device__ __forceinline__ int num_rows(const AttentionParams& p, const Work& w) {
+    return min(C::kRows, p.size * p.group.value - w.first_row);
+}
 
 // Where the results of a row of a row block go.
 struct RowPlace {
@@ -921,7 +934,7 @@ struct Consumer {
 
     // Which row block this block goes on with, if any: loads its lengths and Q.
     __device__ __forceinline__ void look_ahead() {
-        const int item = next.take_by_warp(lane);
+        const int item = next.take_and_free();
         goes_on = item < p.items;
         if (goes_on) {
             following.template set_rows<C>(p, item);
@@ -1077,12 +1090,12 @@ __device__ __forceinline__ void merge(const AttentionParams& p, const Work& w,
                                       const float4* partial, const float2* stats, int warp,
                                       int lane, Wait&& wait) {
     using T = typename C::T;
-    constexpr int kColumns = C::kDim / 32;  // of 8 dims
-    constexpr int kParts = C::kRows / 16 * 4;
+    constexpr int kColumns = C::kDim / 32;          // of 8 dims
     constexpr int kSplit = C::kRows * C::kDim / 4;  // of one split's results
     constexpr int kSplits = 8;                      // at once
-    const int last = kParts * (w.split + 1) / p.num_splits;
-    int part = kParts * w.split / p.num_splits + warp;
+    const int parts = (num_rows<C>(p, w) + 15) / 16 * 4;
+    const int last = parts * (w.split + 1) / p.num_splits;
+    int part = parts * w.split / p.num_splits + warp;
     RowPlace place[2];
     const auto set_places = [&] {
 #pragma unroll
@@ -1179,8 +1192,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         constexpr int kReaders = C::kComputing / C::kStep * 4;  // warps
         for (int i = 0; i < p.stages.value; ++i) {
             for (int v = 0; v < 2; ++v) {
-                barrier_init(barrier_of(barriers, v, {i}), 1);
-                barrier_init(barrier_of(barriers, v + 2, {i}), C::kFp8 && v ? 4 : kReaders);
+                barrier_init(barrier_of(barriers, v, {i}), C::kFullArrivals);
+                barrier_init(barrier_of(barriers, v + 2, {i}),
+                             C::kFp8 && v ? kGroupThreads : kReaders);
             }
         }
         for (int i = 0; i < C::kConverted; ++i) {
@@ -1188,7 +1202,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             barrier_init(barriers + C::kConvertedBarriers + (C::kConverted + i) * 8, kReaders);
         }
         barrier_init(next, 1);
-        barrier_init(next + 8, (C::kComputing + C::kProducers - 1) * 4);  // warps
+        barrier_init(next + 8, C::kThreads - kGroupThreads);
         fence_barrier_init();
         prefetch_map(k_map);
         prefetch_map(v_map);
@@ -1237,8 +1251,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                 row_block * p.num_splits.value * C::kRows;  // before this row block's
             float4* partial = p.partial + rows * (C::kDim / 4);
             float2* stats = p.stats + rows;
-            consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
-                             stats + done.split * C::kRows);
+            if (consumer.row(0) / 16 * 16 < num_rows<C>(p, done)) {  // this warp has rows
+                consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
+                                 stats + done.split * C::kRows);
+            }
             sync_threads<2, kConsumers>();
             bool waits = false;
             uint32_t* counter = split_arrivals + p.first_arrival + row_block;
@@ -1256,6 +1272,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
 ArrivalTurns arrival_turns;
 constexpr int kMostSharedBytes = 227 * 1024;  // of a block
+
+Tensor new_floats(int64_t count, int device) {
+    constexpr int64_t kStride = 1;
+    AtenTensorHandle handle;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &count, &kStride, aoti_torch_dtype_float32(),
+                                 aoti_torch_device_type_cuda(), device, &handle));
+    return Tensor(handle);
+}
 
 template <typename C>
 void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_map,
@@ -1290,9 +1315,12 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
+    std::optional<Tensor> work;  // when it is freed, it goes to what runs later on this stream
     if (plan.num_splits > 1) {
-        p.stats = reinterpret_cast<float2*>(p.partial +
-                                            blocks * plan.num_splits * C::kRows * C::kDim / 4);
+        const int64_t rows = blocks * plan.num_splits * C::kRows;
+        work = new_floats(rows * (C::kDim + 2), device);
+        p.partial = static_cast<float4*>(work->data_ptr());
+        p.stats = reinterpret_cast<float2*>(p.partial + rows * C::kDim / 4);
         p.first_arrival = arrival_turns.claim(static_cast<int32_t>(blocks), stream);
         cudaLaunchAttribute& together =
             attributes[config.numAttrs++];  // as they wait for each other

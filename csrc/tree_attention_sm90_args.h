@@ -55,8 +55,7 @@ enum Address {
     kKScale,
     kVScale,
     kOut,
-    kLse,
-    kWork
+    kLse
 };
 
 // Divides by multiplying: x / value for 0 <= x and x * value < 2^32.
@@ -124,7 +123,6 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.scales[1] = static_cast<const float*>(at(kVScale));
     p.out = at(kOut);
     p.lse = static_cast<float*>(at(kLse));
-    p.partial = static_cast<float4*>(at(kWork));
     p.q_strides = plan.q;
     p.strides[0] = plan.k_cache;
     p.strides[1] = plan.v_cache;

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import struct
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from . import _ops
 KEYS = 64  # of a tile
 MAX_SPLITS = 64  # of a row block
 _STRIDES = ctypes.c_int64 * 3
+_ADDRESSES = struct.Struct("15Q")  # a third of the time of an array of ctypes
 
 
 class _Plan(ctypes.Structure):
@@ -38,7 +40,7 @@ def _kernel():
     launch = getattr(library, "medusa_kernels_tree_attention_sm90", None)
     if launch is not None:
         launch.restype = ctypes.c_char_p
-        launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     return launch
 
 
@@ -46,8 +48,8 @@ class Launch:
     """One call's launch, to be made again at other addresses: those of `tree_attention`'s tensors in the order of its
     launch, 0 for None."""
 
-    def __init__(self, plan: _Plan, work_numel: int, device: torch.device):
-        self.plan, self.work_numel, self.device = plan, work_numel, device
+    def __init__(self, plan: _Plan, device: torch.device):
+        self.plan, self.device = plan, device
         self.kernel, self.address = _kernel(), ctypes.addressof(plan)
 
     def __call__(self, addresses: list[int]) -> bool:
@@ -55,12 +57,7 @@ class Launch:
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(index):
                 return self(addresses)
-        work = 0
-        if self.work_numel:
-            partial = torch.empty(self.work_numel, dtype=torch.float32, device=self.device)
-            work = partial.data_ptr()
-        values = (ctypes.c_uint64 * (len(addresses) + 1))(*addresses, work)
-        error = self.kernel(self.address, ctypes.addressof(values), torch._C._cuda_getCurrentRawStream(index))
+        error = self.kernel(self.address, _ADDRESSES.pack(*addresses), torch._C._cuda_getCurrentRawStream(index))
         if error is not None:
             raise RuntimeError(error.decode())
         return True
@@ -120,8 +117,7 @@ def prepare(
         block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
         softmax_scale * math.log2(math.e),
     )  # fmt: skip
-    work = blocks * num_splits * 64 * groups * (dim + 2) if num_splits > 1 else 0
-    return Launch(plan, work, q.device)
+    return Launch(plan, q.device)
 
 
 def choose(
