@@ -84,7 +84,7 @@ def replaced(module: ModuleType, **functions: Callable):
 def forced_splits(config: Splits):
     """Within this, `tree_attention` runs Hopper's kernel, where that serves the case, with these splits."""
     choice = config.groups, config.num_splits
-    return replaced(_sm90, choose=lambda *_: choice, _is_triton_faster=lambda *_: False)
+    return replaced(_sm90, choose=lambda *_: choice)
 
 
 def chosen(case: Case, num_sms: int, arch: int) -> TileConfig:

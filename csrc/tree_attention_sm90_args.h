@@ -152,8 +152,9 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
 }
 
 // Of K (0) or V (1): rows [blocks, Hkv, slots, D], in boxes of 128 bytes, or a row of less, of 1 <<
-// box_shift slots. Rows of 128 and of 64 bytes are swizzled as wgmma takes them, but for V of an
-// fp8 cache, which is converted first.
+// box_shift slots. The L2 asks memory for 128 bytes at once: for 256, it would ask for both halves
+// of a row with each of its two boxes, and lose 7%. Rows of 128 and of 64 bytes are swizzled as
+// wgmma takes them, but for V of an fp8 cache, which is converted first.
 inline CUtensorMap tensor_map(const AttentionPlan& plan, int v, const AttentionParams& p) {
     using Encode = decltype(&cuTensorMapEncodeTiled);
     static const Encode encode = [] {
@@ -183,7 +184,7 @@ inline CUtensorMap tensor_map(const AttentionPlan& plan, int v, const AttentionP
     CUtensorMap map;
     const CUresult error =
         encode(&map, type, 4, p.cache[v], sizes, steps, box, every, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     MK_CHECK_VALUE(error == CUDA_SUCCESS, "k_cache: no TMA map of it, CUDA error ", int(error));
     return map;
 }

@@ -94,17 +94,21 @@ __device__ __forceinline__ void fence_for_wgmma() {
 
 // ---- copies from global to shared memory ----
 
+// What `createpolicy.fractional.L2::evict_first` with a fraction of 1 gives.
+constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// A box of a 4-D tensor; `barrier` counts its bytes.
+// A box of a 4-D tensor; `barrier` counts its bytes. The L2 may drop it first: of the cache nothing
+// is read again but by the other row blocks of a KV head, which run at the same time.
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, int dim, int slot,
                                          int head, int block, uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-        "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier)
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+        "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(block), "r"(barrier), "l"(kEvictFirst)
         : "memory");
 }
 

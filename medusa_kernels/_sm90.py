@@ -67,7 +67,7 @@ def prepare(
     q, k_cache, v_cache, k, v, packed_mask, block_table, sinks, k_scale, window, softcap, softmax_scale, out, num_sms,
     groups: int | None = None, num_splits: int | None = None, stages: int | None = None,
 ) -> Launch | None:  # fmt: skip
-    """The launch that does what these arguments ask, or None where it cannot, or where Triton's is faster.
+    """The launch that does what these arguments ask, or None where it cannot.
 
     groups: of 64 rows in a row block, 1 or 2; num_splits: blocks that share a row block's keys; stages: tiles that a
     block has in flight. None: chosen here.
@@ -97,8 +97,6 @@ def prepare(
     if heads_kv * MAX_SPLITS > 65535 or batch > 65535 or max(k_cache.stride(1), v_cache.stride(1)) >= 2**31:
         return None
     chosen = choose(rows, batch * heads_kv, capacity, num_sms, dim, fp8, groups)
-    if groups is None and not paged and not fp8 and _is_triton_faster(rows, capacity, chosen[1]):
-        return None
     groups, num_splits = chosen[0], chosen[1] if num_splits is None else num_splits
     row_blocks = math.ceil(rows / (64 * groups))
     blocks = batch * heads_kv * row_blocks
@@ -107,7 +105,7 @@ def prepare(
     resident = _resident(groups, num_sms, fp8)
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
         raise ValueError(f"num_splits: expected 1, or up to {MAX_SPLITS} with all blocks resident, got {num_splits}")
-    if stages is None:  # where memory bounds, more are slower by up to 5%, and two blocks share a multiprocessor
+    if stages is None:  # where memory bounds, more are slower by up to 4%, and two blocks share a multiprocessor
         stages = (6 if groups == 2 else 5 if fp8 else 3) * (128 // dim)
     plan = _Plan(
         ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
@@ -141,16 +139,18 @@ def choose(
         blocks = heads * row_blocks(groups) * splits
         shared = not fp8 and groups == 1 and blocks > num_sms  # two blocks a multiprocessor, each slower
         if fp8:
-            begin, tile, tile_64 = (7.4, 0.81, 0.5) if groups == 2 else (6.5, 0.57, 0.45)
+            begin, tile, tile_64 = (7.4, 0.81, 0.5) if groups == 2 else (6.5, 0.55, 0.45)
         elif groups == 2:
-            begin, tile, tile_64 = 7.1, 0.77, 0.46
+            begin, tile, tile_64 = 6.5, 0.76, 0.5
         else:
-            begin, tile, tile_64 = (6.5, 0.88, 0.44) if shared else (4.3, 0.7, 0.55)
+            begin, tile, tile_64 = (5.95, 0.79, 0.5) if shared else (4.3, 0.6, 0.47)
         if dim == 64:
             tile = tile_64
         # Where memory bounds.
-        read = (2 if shared else 1) * (0.5 if fp8 else 1) * dim / 128 / row_blocks(groups)
+        read = 0.92 * (2 if shared else 1) * (0.5 if fp8 else 1) * dim / 128 / row_blocks(groups)
         waves = math.ceil(blocks / (num_sms * (2 if shared else 1)))
+        if waves > 1 and groups == 1:  # such blocks do not stay
+            begin += 2
         merge = 1.7 + 0.05 * splits if splits > 1 else 0
         return waves * (begin + max(tile, read) * tiles / splits) + merge
 
@@ -161,11 +161,6 @@ def choose(
 def _resident(groups: int, num_sms: int, fp8: bool) -> int:
     """Blocks that the GPU holds at once: with one warpgroup, which is for what memory bounds, two a multiprocessor."""
     return num_sms * (2 if groups == 1 and not fp8 else 1)
-
-
-def _is_triton_faster(rows: int, capacity: int, num_splits: int) -> bool:
-    """In a contiguous cache: where memory bounds many blocks of few rows, which Triton's smaller tiles suit."""
-    return rows <= 64 and (num_splits == 1 or (rows <= 16 and num_splits <= 4 and capacity > 12 * KEYS * num_splits))
 
 
 def _strides(x: Tensor | None) -> list[int]:
