@@ -12,8 +12,8 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import pairwise, product
+from functools import cache, partial
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import torch
@@ -177,14 +177,70 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
+# ---- matmuls: for each shape and number of rows the fastest of what is well kept ----
+
+
+Linear = Callable[[Tensor, Tensor], Tensor]  # x [rows, in], weight [out, in] -> [rows, out]
+
+
+def blas_linear(library: str, x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear by "cublas" or "cublaslt": a global preference, put back."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library(library)
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
+
+
+@cache
+def compiled_linear() -> Linear:
+    # Every shape is a recompile of this one function; beyond the limits it would quietly run uncompiled.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
+    mode = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    options = {**mode, "max_autotune_gemm_backends": "ATEN,TRITON"}  # torch.compile takes a mode or options, not both
+    return torch.compile(lambda x, weight: F.linear(x, weight), options=options, dynamic=False)
+
+
+def linears(rows: int, device: torch.device) -> dict[str, Linear]:
+    if device.type == "cpu":
+        return {"F.linear": F.linear}
+    found: dict[str, Linear] = {library: partial(blas_linear, library) for library in ("cublas", "cublaslt")}
+    return found | {"inductor": compiled_linear()} if rows <= 128 else found
+
+
+def linears_us(candidates: dict[str, Linear], x: Tensor, weights: Sequence[Tensor], report) -> dict[str, float]:
+    """µs a call of each candidate that is right, in turns over the weights, so that they come from memory."""
+    want, right = F.linear(x, weights[0]), {}
+    for name, linear in candidates.items():
+        try:
+            pairs = zip(linear(x, weights[0]).split(16), want.split(16))  # relative_error takes fp64 copies
+            error = max(relative_error(got, wanted) for got, wanted in pairs)
+            what = f"off by {error:.1e}" if error > 0.01 else None
+        except Exception as raised:
+            what = f"{type(raised).__name__}: {(str(raised).strip().splitlines() or [''])[0][:200]}"
+        if what is None:
+            right[name] = linear
+        else:
+            report(f"matmul {list(weights[0].shape)} of {len(x)} rows: {name} left out, {what}")
+    weights = list(weights) * -(-8 // len(weights))
+
+    def over_weights(linear: Linear) -> None:
+        for weight in weights:
+            linear(x, weight)
+
+    times = times_us([partial(over_weights, linear) for linear in right.values()], x.device, 15)
+    return {name: us / len(weights) for name, us in zip(right, times)}
+
+
 # ---- the model and its steps ----
 
 
 class Model:
     """Random weights, every layer's its own; the embedding, of which a step reads a few rows, is the LM head's."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
-        self.shape = shape
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, report=print):
+        self.shape, self.report = shape, report
         pool = Pool(shape.weights + 128 * (4 * shape.layers + 1), device, dtype)
 
         def linear(out: int, inner: int) -> Tensor:
@@ -199,6 +255,26 @@ class Model:
         # Logits of standard deviation 4, so that typical acceptance does not take any token for a plausible one.
         self.head = linear(shape.vocab, shape.hidden).mul_(4)
         self.norm = torch.ones(shape.hidden, device=device, dtype=dtype)
+        self.chosen: dict[tuple[int, torch.Size], Linear] = {}
+        self.matmuls: list[dict] = []  # how that came about: a row each
+
+    def choose(self, rows: int) -> None:
+        """Choose what multiplies this many rows, shape by shape of weight; once."""
+        weights: dict[torch.Size, list[Tensor]] = {}
+        for weight in (*chain(*self.layers), self.head):
+            weights.setdefault(weight.shape, []).append(weight)
+        for shape, same in weights.items():
+            if (rows, shape) in self.chosen:
+                continue
+            candidates = linears(rows, self.head.device)
+            times = linears_us(candidates, self.head.new_empty(rows, shape[1]).normal_(), same, self.report)
+            best = min(times, key=times.__getitem__)
+            self.chosen[rows, shape] = candidates[best]
+            self.matmuls.append({"rows": rows, "shape": list(shape), "best": best, "candidates_us": times,
+                                 "date": datetime.date.today().isoformat()})  # fmt: skip
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.chosen[len(x), weight.shape](x, weight)
 
 
 class Context:
@@ -233,6 +309,7 @@ class Step:
         self.context, self.tree, self.rows, self.mode = context, tree, rows, mode
         self.plain, self.attention, self.sampler = plain, attention, sampler
         shape, device, dtype = context.model.shape, context.kv.device, context.kv.dtype
+        context.model.choose(rows)  # here, as a graph's capture would be too late
         self.batch, self.nodes = context.batch, tree.size
         generator = torch.Generator(device).manual_seed(2)
         tokens = torch.randint(shape.vocab, (self.batch, self.nodes), device=device, generator=generator)
@@ -261,17 +338,17 @@ class Step:
             x = rms_norm(residual, None, model.norm)
         attended = self.attended
         for layer, (w_qkv, w_out, w_gate_up, w_down) in enumerate(model.layers):
-            qkv = F.linear(x, w_qkv)
+            qkv = model.linear(x, w_qkv)
             if rest:
                 rotary(qkv, shape.heads + shape.heads_kv, self.context.rotary, self.cache_seqlens, self.tree.depths)
             if parts > 1:
                 attended = self.attend(layer, qkv)
-            out = F.linear(attended, w_out)
+            out = model.linear(attended, w_out)
             x = rms_norm(residual, out, model.norm) if rest else self.x
-            gate_up = F.linear(x, w_gate_up)
-            down = F.linear(silu_mul(gate_up) if rest else self.activated, w_down)
+            gate_up = model.linear(x, w_gate_up)
+            down = model.linear(silu_mul(gate_up) if rest else self.activated, w_down)
             x = rms_norm(residual, down, model.norm) if rest else self.x
-        return F.linear(x, model.head)[: self.batch * self.nodes].view(self.batch, self.nodes, -1)
+        return model.linear(x, model.head)[: self.batch * self.nodes].view(self.batch, self.nodes, -1)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         shape, real = self.context.model.shape, self.batch * self.nodes
@@ -431,9 +508,9 @@ def room_bytes(shape: Shape, batch: int, length: int, nodes: int, itemsize: int)
     return (shape.kv(batch, length + nodes + 256) + 2 * activations) * itemsize
 
 
-def measure_all(args, limits: Limits, device: torch.device, report) -> tuple[list[Measured], int]:
-    """Everything that was asked for and fits, and how many candidates were wrong."""
-    results, wrong = [], 0
+def measure_all(args, limits: Limits, device: torch.device, report) -> tuple[list[Measured], list[dict], int]:
+    """Everything that was asked for and fits, the choices of matmuls, and how many candidates were wrong."""
+    results, matmuls, wrong = [], [], 0
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in args.models:
         shape = MODELS[name]
@@ -442,7 +519,7 @@ def measure_all(args, limits: Limits, device: torch.device, report) -> tuple[lis
             if shape.weights * dtype.itemsize > 0.9 * torch.cuda.mem_get_info(device)[0]:
                 report(f"{name}: skipped, its weights do not fit")
                 continue
-        model = Model(shape, device, dtype)
+        model = Model(shape, device, dtype, report)
         for batch, length in product(args.batches, args.lengths):
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -470,8 +547,9 @@ def measure_all(args, limits: Limits, device: torch.device, report) -> tuple[lis
                     report(describe(results[-1]))
                 candidates = right = step = None  # their buffers
             context = None
+        matmuls += [{"model": name} | row for row in model.matmuls]
         model = None
-    return results, wrong
+    return results, matmuls, wrong
 
 
 # ---- what it says ----
@@ -523,7 +601,7 @@ def best_sizes(results: Sequence[Measured]) -> list[dict]:
     return rows
 
 
-def tables(results: Sequence[Measured], limits: Limits, smoke: bool) -> list[Table]:
+def tables(results: Sequence[Measured], matmuls: Sequence[dict], limits: Limits, smoke: bool) -> list[Table]:
     title = f"{limits.device} | torch {limits.torch}, triton {limits.triton}"
     title += " | SMOKE TEST: wall-clock on a CPU, no measure of speed" if smoke else ""
     first = Table(title=f"tree step against plain decoding | {title}")
@@ -547,22 +625,38 @@ def tables(results: Sequence[Measured], limits: Limits, smoke: bool) -> list[Tab
             row["model"], str(row["batch"]), str(row["length"]), str(row["nodes"]), f"{row['speed_up'] or 0:.2f}x",
             "  ".join(f"{n}: {x:.2f}x" for n, x in sorted(by_nodes.items())),
         )  # fmt: skip
-    return [first, second]
+    third = Table(title=f"matmuls, µs | {title}")
+    names = list(dict.fromkeys(chain(*(row["candidates_us"] for row in matmuls))))
+    for column in ("model", "rows", "weight", *names, "best"):
+        third.add_column(column, justify="left" if column in ("model", "best") else "right")
+    for row in matmuls:
+        times = (row["candidates_us"].get(name) for name in names)
+        third.add_row(
+            row["model"], str(row["rows"]), "x".join(map(str, row["shape"])),
+            *("" if us is None else f"{us:.1f}" for us in times), row["best"],
+        )  # fmt: skip
+    return [first, second, third]
 
 
-def merge_results(path: Path, results: Sequence[Measured], limits: Limits) -> list[Measured]:
+def matmul_key(row: dict) -> tuple:
+    return list(MODELS).index(row["model"]), row["rows"], *row["shape"]
+
+
+def merge_results(path: Path, results: Sequence[Measured], matmuls: Sequence[dict], limits: Limits) -> list[Measured]:
     """These results, and what the file holds of others of the same card and versions; written."""
     card = {"device": limits.device, "torch": limits.torch, "triton": limits.triton}
-    merged = {r.key: r for r in results}
+    merged, chosen = {r.key: r for r in results}, {matmul_key(row): row for row in matmuls}
     if path.exists():
         old = json.loads(path.read_text())
         if old["card"] == card:
             merged = {r.key: r for r in (Measured(**{"date": old["date"]} | row) for row in old["steps"])} | merged
+            chosen = {matmul_key(row): row for row in old.get("matmuls", [])} | chosen
     every = sorted(merged.values(), key=lambda r: (list(MODELS).index(r.model), *r.key[1:]))
     content = {
         "date": datetime.date.today().isoformat(), "card": card,
         "limits": {k: v for k, v in vars(limits).items() if k not in card},
         "steps": [asdict(r) for r in every], "overheads": overheads(every), "best_sizes": best_sizes(every),
+        "matmuls": [chosen[key] for key in sorted(chosen)],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -642,14 +736,14 @@ def main(argv: list[str] | None = None) -> int:
     limits = measure_limits(device, quick=True)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     with torch.inference_mode():
-        results, wrong = measure_all(args, limits, device, say)
+        results, matmuls, wrong = measure_all(args, limits, device, say)
     if not results:
         return 1
-    for table in tables(results, limits, smoke):
+    for table in tables(results, matmuls, limits, smoke):
         console.print(table)
     if args.out is not None:
         stem = args.out / f"{limits.slug}_step"
-        every = merge_results(stem.with_suffix(".json"), results, limits)
+        every = merge_results(stem.with_suffix(".json"), results, matmuls, limits)
         plot(stem.with_suffix(".png"), every, limits, smoke)
         say(f"{stem}.json, .png")
     return 1 if wrong else 0

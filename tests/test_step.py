@@ -5,12 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -109,6 +112,82 @@ def test_parts_build_up_to_the_step(model, plain, monkeypatch):
     attention, rest = {"tree_attention"}, {"tree_attention", "rms_norm", "rotary", "silu_mul"}
     last = [rest, rest] if plain else [rest | {"accept_candidates"}, rest | {"verify_step"}]
     assert ran == [set(), attention, rest, *last]
+
+
+# ---- the choice of matmuls ----
+
+
+def test_the_fastest_that_is_right_is_chosen(monkeypatch):
+    calls: list[str] = []
+
+    def by(name, x, weight):
+        calls.append(name)
+        if name == "raises":
+            raise RuntimeError("no kernel\nfor this")
+        return F.linear(x, weight) * (1.1 if name == "wrong" else float("nan") if name == "nan" else 1.0)
+
+    def timed(functions, device, replays):
+        """A call of `slow` takes 9 µs, and so on."""
+        calls.clear()
+        for function in functions:
+            function()
+        return [us * sum(name == called for called in calls) for name, us in us_of.items() if name in calls]
+
+    us_of = {"slow": 9.0, "wrong": 1.0, "raises": 1.0, "nan": 1.0, "fast": 4.0, "slower": 12.0}
+    monkeypatch.setattr(step, "linears", lambda rows, device: {name: partial(by, name) for name in us_of})
+    monkeypatch.setattr(step, "times_us", timed)
+    said: list[str] = []
+    chooser = step.Model(TINY, CPU, torch.float32, said.append)
+    chooser.choose(3)
+    shapes = [[128, 64], [64, 64], [192, 64], [64, 96], [101, 64]]
+    assert [(row["rows"], row["shape"]) for row in chooser.matmuls] == [(3, shape) for shape in shapes]
+    for row in chooser.matmuls:
+        assert row["best"] == "fast" and row["candidates_us"] == {"slow": 9.0, "fast": 4.0, "slower": 12.0}
+    about = "matmul [128, 64] of 3 rows:"
+    assert said[:3] == [f"{about} wrong left out, off by 1.0e-01",
+                        f"{about} raises left out, RuntimeError: no kernel",
+                        f"{about} nan left out, off by inf"]  # fmt: skip
+    assert len(said) == 3 * len(shapes)
+
+
+def test_a_step_uses_what_was_chosen_once(monkeypatch):
+    asked: list[int] = []
+    called: list[tuple[int, ...]] = []
+
+    def linears(rows, device):
+        asked.append(rows)
+        return {"only": lambda x, weight: (called.append((len(x), *weight.shape)), F.linear(x, weight))[1]}
+
+    monkeypatch.setattr(step, "linears", linears)
+    chooser = step.Model(TINY, CPU, torch.float32)
+    for length in (20, 30):
+        made = step.Step(context(chooser, length=length), step.tree_for(4), 8)
+        assert asked == [8] * 5  # the second context's are the first's
+    called.clear()
+    made.forward()
+    shapes = [(8, 128, 64), (8, 64, 64), (8, 192, 64), (8, 64, 96)]
+    assert called == [*shapes, *shapes, (8, 101, 64)] and len(asked) == 5
+
+
+def test_matmuls_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(step, "compiled_linear", lambda: F.linear)
+    cuda = torch.device("cuda")
+    assert list(step.linears(128, cuda)) == ["cublas", "cublaslt", "inductor"]
+    assert list(step.linears(129, cuda)) == ["cublas", "cublaslt"]
+    assert list(step.linears(1, CPU)) == ["F.linear"]
+    state = ["before"]
+
+    def preferred(library=None):
+        if library is not None:
+            state.append(library)
+        return state[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred)
+    x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    assert torch.equal(step.linears(1, cuda)["cublaslt"](x, weight), F.linear(x, weight))
+    with pytest.raises(RuntimeError):
+        step.blas_linear("cublas", x, weight.T)
+    assert state == ["before", "cublaslt", "before", "cublas", "before"]
 
 
 # ---- the kernels between ----
@@ -226,13 +305,20 @@ def test_best_sizes():
 
 def test_results_are_merged(tmp_path):
     path = tmp_path / "results" / "card_step.json"
-    step.merge_results(path, [measured(1, 100.0), measured(16, 120.0)], H100)
-    every = step.merge_results(path, [measured(16, 110.0), measured(64, 130.0)], H100)
+    first = [{"model": "tiny", "rows": rows, "shape": [8, 4], "best": "cublas"} for rows in (1, 16)]
+    step.merge_results(path, [measured(1, 100.0), measured(16, 120.0)], first, H100)
+    second = [{"model": name, "rows": 16, "shape": [8, 4], "best": "inductor"} for name in ("tiny", "vicuna_7b")]
+    every = step.merge_results(path, [measured(16, 110.0), measured(64, 130.0)], second, H100)
     assert [(r.nodes, r.us) for r in every] == [(1, 100.0), (16, 110.0), (64, 130.0)]
     content = json.loads(path.read_text())
     assert len(content["steps"]) == 3 and len(content["overheads"]) == 2 and len(content["best_sizes"]) == 1
+    assert content["matmuls"] == [second[1], first[0], second[0]]
+    del content["matmuls"]  # as files were before matmuls had a choice
+    path.write_text(json.dumps(content))
+    assert len(step.merge_results(path, [measured(1, 90.0)], first, H100)) == 3
+    assert json.loads(path.read_text())["matmuls"] == first
     other = common.Limits("another card", *list(vars(H100).values())[1:])
-    assert len(step.merge_results(path, [measured(1, 90.0)], other)) == 1
+    assert len(step.merge_results(path, [measured(1, 90.0)], [], other)) == 1
 
 
 def test_smoke_run(tmp_path, capsys):
@@ -245,6 +331,9 @@ def test_smoke_run(tmp_path, capsys):
     for row in content["steps"]:
         assert sum(row["parts_us"].values()) == pytest.approx(row["us"]) and row["us"] > 0
     assert len(content["steps"][0]["candidates_us"]) == 8
+    assert sorted({row["rows"] for row in content["matmuls"]}) == [2, 8, 16, 18, 32] and len(content["matmuls"]) == 25
+    for row in content["matmuls"]:
+        assert row["model"] == "tiny" and row["best"] == "F.linear" and row["candidates_us"]["F.linear"] > 0
     assert (tmp_path / "cpu_step.png").stat().st_size > 1000
 
 
@@ -263,8 +352,28 @@ def test_bad_arguments():
 
 
 @pytest.mark.gpu
-def test_gpu_run(device):
+def test_gpu_compiled_matmuls(device, monkeypatch):
+    """Compiled once a shape and number of rows, and right in a step's graph."""
+    real = step.linears
+    monkeypatch.setattr(step, "linears", lambda rows, device: {"inductor": real(rows, device)["inductor"]})
+    with torch.inference_mode():
+        made = step.Model(step.Shape(512, 3, 8, 2, 64, 768, 5000), device, torch.bfloat16)
+        tree = step.tree_for(64).to(device)
+        steps = [step.Step(step.Context(made, 1, length, 64), tree, 64) for length in (300, 400)]
+        graphs = counters["stats"]["unique_graphs"]
+        logits = [each.forward()[:, 0].clone() for each in steps]
+        assert all(us > 0 for us in step.times_us([each.run for each in steps], device, 2))
+        assert counters["stats"]["unique_graphs"] == graphs
+        monkeypatch.setattr(made, "linear", F.linear)
+        for each, got in zip(steps, logits):
+            each.cache_seqlens.copy_(each.context.start)
+            assert common.relative_error(got, each.forward()[:, 0]) < 0.1
+
+
+@pytest.mark.gpu
+def test_gpu_run(device, monkeypatch):
     """Right in bf16, captured, and timed, at head dims and groups of the real models."""
+    monkeypatch.setattr(step, "compiled_linear", lambda: F.linear)  # minutes of compiling
     for shape in (TINY, step.Shape(512, 3, 4, 4, 128, 768, 1000), step.Shape(512, 3, 8, 2, 64, 768, 5000)):
         args = SimpleNamespace(models=["tiny"], batches=[1, 4], lengths=[300], nodes=[16, 26, 64, 128], mode="greedy",
                                replays=3)  # fmt: skip
@@ -272,11 +381,14 @@ def test_gpu_run(device):
         step.MODELS["tiny"] = shape
         try:
             with torch.inference_mode():
-                results, wrong = step.measure_all(args, H100, device, print)
+                results, matmuls, wrong = step.measure_all(args, H100, device, print)
         finally:
             step.MODELS["tiny"] = before
         assert wrong == 0 and len(results) == 10
         assert all(r.us > 0 and r.floor_us > 0 for r in results)
+        assert {row["rows"] for row in matmuls} == {1, 4, 16, 26, 32, 64, 104, 112, 128, 256, 512}
+        for row in matmuls:
+            assert list(row["candidates_us"]) == ["cublas", "cublaslt", "inductor"][: 3 if row["rows"] <= 128 else 2]
 
 
 # ---- the size of a tree ----
