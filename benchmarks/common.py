@@ -18,6 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python benchmarks/run.py` without an install
 
+IDLE_S = 0.1  # of the card before a contender is timed
+
 Call = Callable[[], object]
 
 
@@ -220,6 +222,7 @@ def measure(
             return result
         if device.type == "cuda":
             result.host_us = host_us(prepared.calls, device)
+            time.sleep(IDLE_S)  # a card that the contender before has heated runs slower
         if result.in_graph:
             result.us = graph_us(prepared.calls, prepared.prologue, replays)
         else:
