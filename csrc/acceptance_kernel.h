@@ -14,8 +14,6 @@
 // of namespace ptx.
 #pragma once
 
-#include <cstddef>
-
 #include "acceptance.h"
 
 #if defined(__CUDACC__)
@@ -98,12 +96,6 @@ __device__ __forceinline__ uint64_t look(const uint64_t* at) {
     uint64_t word;
     asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(at) : "memory");
     return word;
-}
-
-// Waits for a word of which nothing else is used. (ptxas leaves out a load that only an empty asm
-// uses.)
-__device__ __forceinline__ void touch(int32_t word) {
-    if (__any_sync(0xFFFFFFFFu, word == 0x5EEDF00D)) __nanosleep(0);
 }
 
 // Whether it is so for any of the lanes that run together now.
@@ -1255,10 +1247,6 @@ struct Accept {
     }
 
     __device__ void run() {
-        // Parameters come from memory, a miss a line, and a warp takes one after another: so each
-        // warp loads another line first. The last ones are end tokens, if any.
-        constexpr int kLines = (offsetof(AcceptParams, a.eos_value) + 63) / 64;
-        ptx::touch(reinterpret_cast<const int32_t*>(&p)[min(warp, kLines - 1) * 16]);
         const Request request = load_request(p.a, b());
         const bool shares = gridDim.y > 1 && !p.ahead && request.nodes > 0;
         const bool ahead =

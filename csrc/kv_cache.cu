@@ -20,8 +20,11 @@ template <int kMaxCaches>
 __global__ void __launch_bounds__(kThreads + 32)
     compact_kernel(const __grid_constant__ CompactParams<kMaxCaches> p) {
     __shared__ alignas(16) Move moves[kMaxNodes];
-    wait_for_kernels_before();
-    compact(p, moves);
+    // Its parameters are there then.
+    compact(p, moves, [](auto... pointers) {
+        touch((static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointers)) ^ ...));
+        wait_for_kernels_before();
+    });
 }
 
 ArrivalTurns arrival_turns;

@@ -61,19 +61,27 @@ __device__ void move_column(char* column, const Move* moves, int count) {
     }
 }
 
-// A block of kThreads + 32 threads. moves: [kMaxNodes], in shared memory.
-template <int kMaxCaches>
-__device__ __forceinline__ void compact(const CompactParams<kMaxCaches>& p, Move* moves) {
+// A block of kThreads + 32 threads. moves: [kMaxNodes], in shared memory. wait: until kernels
+// before have ended; what it is given is found out before.
+template <int kMaxCaches, typename Wait>
+__device__ __forceinline__ void compact(const CompactParams<kMaxCaches>& p, Move* moves,
+                                        Wait&& wait) {
     const int request = blockIdx.y;
     const int tile = blockIdx.x;
     int l = 0;
     while (l + 1 < p.num_layouts && p.first_tile[l + 1] <= tile) ++l;
     const KvLayout& layout = p.layouts[l];
+    const int tile_of_layout = tile - p.first_tile[l];
+    const int cache = tile_of_layout / p.tiles_per_cache[l];
+    const int column = (tile_of_layout - cache * p.tiles_per_cache[l]) * kThreads + threadIdx.x;
+    char* base = p.caches[p.first_cache[l] + cache] + layout.column_offset(column);
+    const int32_t* path = p.path + request * p.path_stride;
+    const int32_t *lengths = p.cache_seqlens, *accept_lengths = p.accept_length;
+    wait(base, path, lengths, accept_lengths);
 
     // None of these loads waits for another.
-    const int length = p.cache_seqlens[request];
-    const int accept_length = p.accept_length[request];
-    const int32_t* path = p.path + request * p.path_stride;
+    const int length = lengths[request];
+    const int accept_length = accept_lengths[request];
     int node = threadIdx.x < p.path_size ? path[threadIdx.x] : -1;
     const int kept = kept_nodes(accept_length, p.path_size);
     if (threadIdx.x < kThreads) {
@@ -97,11 +105,7 @@ __device__ __forceinline__ void compact(const CompactParams<kMaxCaches>& p, Move
         return;
     }
 
-    const int tile_of_layout = tile - p.first_tile[l];
-    const int cache = tile_of_layout / p.tiles_per_cache[l];
-    const int column = (tile_of_layout - cache * p.tiles_per_cache[l]) * kThreads + threadIdx.x;
     if (column >= layout.columns()) return;
-    char* base = p.caches[p.first_cache[l] + cache] + layout.column_offset(column);
     switch (layout.vector_bytes) {
         case 16:
             return move_column<uint4>(base, moves, kept);

@@ -1182,10 +1182,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                           const __grid_constant__ CUtensorMap v_map,
                           const __grid_constant__ AttentionParams p) {
     extern __shared__ uint8_t dynamic_shared[];
-    if (threadIdx.x <
-        (sizeof(p) + 63) / 64) {  // all lines of the parameters at once, not one by one
-        asm volatile("" ::"r"(reinterpret_cast<const uint32_t*>(&p)[threadIdx.x * 16]));
-    }
+    touch_parameters<sizeof(p)>(&p);
     const uint32_t barriers = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
     const uint32_t next = barriers + C::kNext, tiles = barriers + C::kTiles;
     if (threadIdx.x == 0) {

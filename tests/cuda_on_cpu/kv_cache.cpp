@@ -60,7 +60,9 @@ struct Cache {
 
 constexpr int kMaxCaches = 32;
 gpu::CompactParams<kMaxCaches> params;
-void kernel(char* shared) { gpu::compact(params, reinterpret_cast<Move*>(shared)); }
+void kernel(char* shared) {
+    gpu::compact(params, reinterpret_cast<Move*>(shared), [](auto...) {});
+}
 
 void launch(const CompactArgs& args, int begin, int end, int first_arrival) {
     const int64_t tiles = gpu::set_params(params, args, begin, end);
