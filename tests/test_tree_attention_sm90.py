@@ -201,7 +201,9 @@ def test_choose():
         assert 1 <= splits <= min(_sm90.MAX_SPLITS, math.ceil(capacity / 64)) and groups <= (2 if rows > 64 else 1)
         assert splits == 1 or blocks * splits <= (264 if groups == 1 else 132)
     assert _sm90.choose(256, 64, 4160, 132) == (2, 1)
-    assert _sm90.choose(256, 8, 8256, 132) == (2, 8)
+    assert _sm90.choose(256, 8, 8256, 132) == (1, 8)
+    assert _sm90.choose(256, 8, 32832, 132) == (2, 8)
+    assert _sm90.choose(256, 128, 1064, 132) == (2, 1)  # blocks of one group do not stay for a second wave
     assert _sm90.choose(256, 8, 1088, 132) == (1, 4)
     assert _sm90.choose(256, 8, 1088, 132, groups=2)[0] == 2
     assert _sm90.choose(128, 1, 320, 132)[1] < _sm90.choose(128, 1, 8256, 132)[1]
@@ -237,10 +239,7 @@ def test_what_is_served(monkeypatch):
     monkeypatch.setattr(_sm90, "_kernel", lambda: object())
     assert serves() and serves(group=1, block_size=16) and serves(append=True, head_dim=64) and serves(group=1)
     assert not serves(block_size=8) and not serves(head_dim=96)
-    assert not serves(group=1, heads_kv=80)  # few rows, no splits
-    assert serves(group=1, size=1, num_nodes=[1, 1]) and not serves(
-        group=1, heads_kv=20, size=1, num_nodes=[1, 1], lengths=[9000, 1]
-    )
+    assert serves(group=1, heads_kv=80) and serves(group=1, size=1, num_nodes=[1, 1])  # few rows, no splits
     assert not serves(dtype=torch.float32) and not serves(window=50) and not serves(softcap=5.0)
     assert not serves(sinks=True) and serves(fp8=True) and not serves(fp8=True, head_dim=96)
     assert not serves(fp8=True, dtype=torch.float16)  # sums of e4m3's products are not exact enough
