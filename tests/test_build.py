@@ -69,6 +69,26 @@ def test_no_kernel_spills():
     assert not spills, "\n".join(spills)
 
 
+@pytest.mark.skipif(not CUDA_BUILT, reason="built without nvcc")
+def test_parameters_are_loaded_before_the_wait():
+    """On Hopper, while the kernel before ends (csrc/early_launch.h): assemblers leave out loads that nothing uses."""
+    if "90" not in _ops.build_info()["cuda_archs"]:
+        pytest.skip("built without sm_90")
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = run(cuobjdump, "-arch", "sm_90", "-sass", PACKAGE / "_ops_cuda.so").stdout
+    seen = set()
+    for name, code in re.findall(r"Function : (\w+)\n(.*?)(?=Function :|$)", text, re.DOTALL):
+        kernel = next((k for k in ("tree_attention_kernel", "accept_kernel", "compact_kernel") if k in name), None)
+        if kernel is None:
+            continue
+        before = code.partition(" ACQBULK ")[0]
+        assert before != code and "NANOSLEEP" in before, name
+        assert re.search(r"LDC[.\w]* R\d+, c\[0x0\]\[R\d+", before), name
+        seen.add(kernel)
+    assert len(seen) == 3
+
+
 def test_build_info():
     info = _ops.build_info()
     assert info["torch"] == torch.__version__ and info["cpu_ops"] is True
