@@ -37,6 +37,11 @@ def import_peer(module: str, device: torch.device) -> ModuleType:
         raise Unsupported(f"not installed ({error})") from None
 
 
+def first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0][:200]}"
+
+
 @dataclass(frozen=True)
 class Limits:
     """What this card reaches, measured in this run; on a CPU nothing is measured, as its times mean nothing here."""
@@ -230,8 +235,7 @@ def measure(
     except Unsupported as reason:
         result.status, result.note = "unsupported", str(reason)
     except Exception as error:  # a contender that breaks is a result too; a broken device breaks all that follow
-        text = str(error).strip().splitlines() or [""]
-        result.status, result.note = "failed", f"{type(error).__name__}: {text[0][:200]}"
+        result.status, result.note = "failed", first_line(error)
         result.us = None
     return result
 

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from bench_attention import tree_for
-from common import Limits, Pool, eager_us, measure_limits, relative_error
+from common import Limits, Pool, eager_us, first_line, measure_limits, relative_error
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -218,7 +218,7 @@ def linears_us(candidates: dict[str, Linear], x: Tensor, weights: Sequence[Tenso
             error = max(relative_error(got, wanted) for got, wanted in pairs)
             what = f"off by {error:.1e}" if error > 0.01 else None
         except Exception as raised:
-            what = f"{type(raised).__name__}: {(str(raised).strip().splitlines() or [''])[0][:200]}"
+            what = first_line(raised)
         if what is None:
             right[name] = linear
         else:

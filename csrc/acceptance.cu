@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     accept_kernel(const __grid_constant__ AcceptParams p) {
     __shared__ Shared shared;
     extern __shared__ uint4 row[];
-    touch_parameters<offsetof(AcceptParams, a.eos_value)>(&p);
+    touch_parameters<offsetof(AcceptParams, a.eos_value)>(&p);  // then come end tokens, if any
     wait_for_kernels_before();
     Accept<scalar_t, kKeeps, kGreedyOnly>(p, shared, row).run();
 }

@@ -148,7 +148,7 @@ def choose(
             tile = tile_64
         # Where memory bounds.
         read = 0.92 * (2 if shared else 1) * (0.5 if fp8 else 1) * dim / 128 / row_blocks(groups)
-        waves = math.ceil(blocks / (num_sms * (2 if shared else 1)))
+        waves = math.ceil(blocks / _resident(groups, num_sms, fp8))
         if waves > 1 and groups == 1:  # such blocks do not stay
             begin += 2
         merge = 1.7 + 0.05 * splits if splits > 1 else 0

@@ -88,9 +88,7 @@ def tree_attention(
             options = (softmax_scale, window, softcap, batch_invariant, return_lse)
             key, addresses = _signature(tensors, options)
             again = _ready.get(key)
-            if torch.is_grad_enabled() and any(
-                x is not None and x.requires_grad for x in (q, k_cache, v_cache, k, v, sinks, k_scale, v_scale, out)
-            ):
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
                 key = again = None  # autograd has to see the operator
         except (AttributeError, TypeError, RuntimeError):  # not what it should be: the check says it in words
             key = again = None
