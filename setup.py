@@ -2,7 +2,8 @@
 
     medusa_kernels/_ops_cpu.so      schemas and CPU kernels            (torch and a C++ compiler)
     medusa_kernels/_ops_cuda.so     CUDA kernels                       (and nvcc)
-    medusa_kernels/_build_info.*    what the two were built with       (pybind11, whose headers torch brings)
+    medusa_kernels/_fast_calls.so   calls made again, without PyTorch's C++ (Python's headers)
+    medusa_kernels/_build_info.*    what the others were built with    (pybind11, whose headers torch brings)
 
 MEDUSA_KERNELS_BUILD        auto (default): what can be built here; cpu, cuda: that or an error; none: pure Python
 MEDUSA_KERNELS_CUDA_ARCHS   "80;90;100" (default): machine code for each, and PTX for the last
@@ -83,8 +84,11 @@ class NinjaBuild(build_ext):
     """Compiles every changed file at once, through ninja where there is one; keeps ptxas' report in build/ptxas.log."""
 
     def get_ext_filename(self, fullname):
-        if fullname.split(".")[-1].startswith("_ops_"):  # no Python in them: loaded by torch
+        name = fullname.split(".")[-1]
+        if name.startswith("_ops_"):  # no Python in them: loaded by torch
             return fullname.replace(".", os.sep) + ".so"
+        if name == "_fast_calls":  # for every version of Python
+            return fullname.replace(".", os.sep) + ".abi3.so"
         return super().get_ext_filename(fullname)
 
     def build_extensions(self):
@@ -93,8 +97,11 @@ class NinjaBuild(build_ext):
         for ext in self.extensions:
             output = Path(self.get_ext_fullpath(ext.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)
-            compilers = {"_ops_cpu": cpp_command, "_ops_cuda": cuda_command, "_build_info": build_info_command}
-            link_flags = {"_ops_cpu": torch_libs, "_ops_cuda": cuda_libs, "_build_info": list}
+            compilers = {
+                "_ops_cpu": cpp_command, "_ops_cuda": cuda_command, "_fast_calls": python_command,
+                "_build_info": build_info_command,
+            }  # fmt: skip
+            link_flags = {"_ops_cpu": torch_libs, "_ops_cuda": cuda_libs, "_fast_calls": list, "_build_info": list}
             kind = ext.name.split(".")[-1]
             objects = []
             for source in map(Path, ext.sources):
@@ -142,8 +149,12 @@ def build_info_command(source: Path, output: Path) -> list[str]:
         "MK_NVCC_VERSION": nvcc_version,
         "MK_CUDA_ARCHS": ";".join(ARCHS) if NVCC else "",
     }
-    flags = ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", *(f'-D{k}="{v}"' for k, v in defines.items())]
-    includes = [f"-I{TORCH / 'include'}", f"-I{sysconfig.get_path('include')}"]
+    return python_command(source, output, *(f'-D{k}="{v}"' for k, v in defines.items()))
+
+
+def python_command(source: Path, output: Path, *defines: str) -> list[str]:
+    flags = ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", *defines]
+    includes = ["-isystem", str(TORCH / "include"), "-isystem", sysconfig.get_path("include")]
     return [CXX, *flags, *includes, *compile_to(source, output)]
 
 
@@ -208,7 +219,8 @@ def extension(name: str, sources: list[str]) -> Extension:
 TORCH, NVCC = plan()
 EXTENSIONS = []
 if TORCH:
-    EXTENSIONS += [extension("_ops_cpu", CPP_SOURCES), extension("_build_info", ["build_info.cpp"])]
+    EXTENSIONS += [extension("_ops_cpu", CPP_SOURCES), extension("_fast_calls", ["fast_calls.cpp"])]
+    EXTENSIONS += [extension("_build_info", ["build_info.cpp"])]
 if NVCC:
     EXTENSIONS += [extension("_ops_cuda", CUDA_SOURCES)]
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": NinjaBuild})

@@ -73,12 +73,12 @@ def splits(case: Case, num_sms: int, arch: int) -> list[Splits]:
 @contextmanager
 def replaced(module: ModuleType, **functions: Callable):
     """Within this, `tree_attention` prepares its launches with these functions of a module of its own."""
-    attention._ready.clear()  # launches prepared otherwise
+    attention._calls.clear()  # launches prepared otherwise
     try:
         with mock.patch.multiple(module, **functions):
             yield
     finally:
-        attention._ready.clear()
+        attention._calls.clear()
 
 
 def forced_splits(config: Splits):

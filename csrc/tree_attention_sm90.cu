@@ -24,8 +24,8 @@
 // its first scores taken while the results of that one are written.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -43,7 +43,6 @@ namespace medusa_kernels {
 namespace {
 
 using namespace sm90;
-using torch::stable::Tensor;
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr float kLazy = 8.0f;       // log2 of how far a reference may fall behind
@@ -1270,14 +1269,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 ArrivalTurns arrival_turns;
 constexpr int kMostSharedBytes = 227 * 1024;  // of a block
 
-Tensor new_floats(int64_t count, int device) {
-    constexpr int64_t kStride = 1;
-    AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(1, &count, &kStride, aoti_torch_dtype_float32(),
-                                 aoti_torch_device_type_cuda(), device, &handle));
-    return Tensor(handle);
-}
+// Memory of PyTorch's allocator, on the current device and stream: what is launched there later may
+// have it as soon as this is gone. A tensor would take longer by a microsecond.
+class WorkMemory {
+ public:
+    explicit WorkMemory(int64_t bytes) {
+        STABLE_TORCH_ERROR_CODE_CHECK(
+            aoti_torch_cuda_caching_allocator_raw_alloc(static_cast<uint64_t>(bytes), &data_));
+    }
+    ~WorkMemory() { aoti_torch_cuda_caching_allocator_raw_delete(data_); }
+    WorkMemory(const WorkMemory&) = delete;
+    WorkMemory& operator=(const WorkMemory&) = delete;
+    void* data() const { return data_; }
+
+ private:
+    void* data_ = nullptr;
+};
 
 template <typename C>
 void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_map,
@@ -1288,8 +1295,7 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
                        shared_bytes <= kMostSharedBytes,
                    "stages: expected from ", C::kLeastStages, " on, in ", kMostSharedBytes,
                    " bytes, got ", p.stages.value);
-    int device;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
+    const int device = static_cast<int>(plan.device);
     static std::atomic<uint64_t> known;  // devices on which the kernel may have its shared memory
     if (device >= 64 || !(known >> device & 1)) {
         STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -1312,11 +1318,11 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-    std::optional<Tensor> work;  // when it is freed, it goes to what runs later on this stream
+    std::optional<WorkMemory> work;
     if (plan.num_splits > 1) {
         const int64_t rows = blocks * plan.num_splits * C::kRows;
-        work = new_floats(rows * (C::kDim + 2), device);
-        p.partial = static_cast<float4*>(work->data_ptr());
+        work.emplace(rows * (C::kDim + 2) * 4);
+        p.partial = static_cast<float4*>(work->data());
         p.stats = reinterpret_cast<float2*>(p.partial + rows * C::kDim / 4);
         p.first_arrival = arrival_turns.claim(static_cast<int32_t>(blocks), stream);
         cudaLaunchAttribute& together =
@@ -1333,6 +1339,10 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
 void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t stream) {
     MK_CHECK_VALUE(plan.bytes == sizeof plan, "plan: expected ", sizeof plan, " bytes, got ",
                    plan.bytes);
+    int current;
+    STD_CUDA_CHECK(cudaGetDevice(&current));
+    std::optional<torch::stable::accelerator::DeviceGuard> guard;
+    if (current != plan.device) guard.emplace(static_cast<int32_t>(plan.device));
     AttentionParams p = attention_params(plan, addresses);
     const auto with = [&](auto type, auto dim, auto groups, auto fp8) {
         using C = Config<decltype(type), decltype(dim)::value, decltype(groups)::value,
@@ -1361,9 +1371,8 @@ void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t s
 }  // namespace
 }  // namespace medusa_kernels
 
-// Called by medusa_kernels/_sm90.py without a dispatcher in between: once a layer and step, it
-// would cost as much as the kernel. Returns what went wrong, or null. The device is the current
-// one.
+// Called by medusa_kernels/_sm90.py and csrc/fast_calls.cpp without a dispatcher in between: once a
+// layer and step, it would cost as much as the kernel. Returns what went wrong, or null.
 extern "C" __attribute__((visibility("default"))) const char* medusa_kernels_tree_attention_sm90(
     const medusa_kernels::AttentionPlan* plan, const uint64_t* addresses, void* stream) {
     static thread_local std::string error;

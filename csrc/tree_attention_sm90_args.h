@@ -23,8 +23,9 @@ struct RowStrides {
 // checked that the kernel can serve them.
 struct AttentionPlan {
     int64_t bytes;  // of this struct
-    int64_t half;   // else bfloat16
-    int64_t fp8;    // a cache of e4m3
+    int64_t device;
+    int64_t half;  // else bfloat16
+    int64_t fp8;   // a cache of e4m3
     int64_t batch, size, heads_kv, group, dim;
     int64_t num_blocks, block_size, max_blocks;  // max_blocks: of a request; 0: not paged
     int64_t words;                               // of a row's mask

@@ -22,7 +22,7 @@ class _Plan(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
-            "bytes", "half", "fp8", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size",
+            "bytes", "device", "half", "fp8", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size",
             "max_blocks", "words", "groups", "row_blocks", "num_splits", "stages", "resident",
         )),
         *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
@@ -48,16 +48,17 @@ class Launch:
     """One call's launch, to be made again at other addresses: those of `tree_attention`'s tensors in the order of its
     launch, 0 for None."""
 
-    def __init__(self, plan: _Plan, device: torch.device):
-        self.plan, self.device = plan, device
-        self.kernel, self.address = _kernel(), ctypes.addressof(plan)
+    def __init__(self, plan: _Plan):
+        self.plan = plan
+
+    @property
+    def native(self) -> tuple[int, int, int]:
+        """The function, its plan and its device: csrc/fast_calls.cpp makes the launch by itself."""
+        return ctypes.cast(_kernel(), ctypes.c_void_p).value or 0, ctypes.addressof(self.plan), self.plan.device
 
     def __call__(self, addresses: list[int]) -> bool:
-        index = self.device.index
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                return self(addresses)
-        error = self.kernel(self.address, _ADDRESSES.pack(*addresses), torch._C._cuda_getCurrentRawStream(index))
+        stream = torch._C._cuda_getCurrentRawStream(self.plan.device)
+        error = _kernel()(ctypes.addressof(self.plan), _ADDRESSES.pack(*addresses), stream)
         if error is not None:
             raise RuntimeError(error.decode())
         return True
@@ -108,14 +109,14 @@ def prepare(
     if stages is None:  # where memory bounds, more are slower by up to 4%, and two blocks share a multiprocessor
         stages = (6 if groups == 2 else 5 if fp8 else 3) * (128 // dim)
     plan = _Plan(
-        ctypes.sizeof(_Plan), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv, dim, num_blocks,
-        block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages, resident,
-        *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
+        ctypes.sizeof(_Plan), q.get_device(), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv,
+        dim, num_blocks, block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages,
+        resident, *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
         packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
         block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
         softmax_scale * math.log2(math.e),
     )  # fmt: skip
-    return Launch(plan, q.device)
+    return Launch(plan)
 
 
 def choose(

@@ -1,13 +1,13 @@
 """Tree attention: one call for a tree's nodes over a KV cache, contiguous or paged."""
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from . import _sm90
+from ._calls import new_calls
 from ._checks import check_tensor, debug_enabled
 from .tree import TokenTree
 
@@ -77,22 +77,27 @@ def tree_attention(
     Raises TypeError, ValueError for an argument of the wrong type, shape, dtype, device, stride or value.
     Source: Medusa (arXiv 2401.10774) section 2.1.2; split-KV as in Flash-Decoding.
     """
-    key = again = None
-    addresses: list[int] = []
+    result, lse = out, None
+    known = None  # whether this call was made before, and so passed the checks: and made again just now
+    tensors: tuple[Tensor | None, ...] | None = None
+    options = (softmax_scale, window, softcap, batch_invariant)
     if isinstance(tree, TokenTree) and not _traced():
         try:
+            if result is None:
+                result = torch.empty_like(q, memory_format=torch.contiguous_format)
+            if return_lse:
+                lse = _new_lse(q)
             tensors = (
                 q, k_cache, v_cache, k, v, tree.packed_mask, tree.depths if window is not None else None,
-                tree.num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale, out,
+                tree.num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale, result, lse,
             )  # fmt: skip
-            options = (softmax_scale, window, softcap, batch_invariant, return_lse)
-            key, addresses = _signature(tensors, options)
-            again = _ready.get(key)
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-                key = again = None  # autograd has to see the operator
-        except (AttributeError, TypeError, RuntimeError):  # not what it should be: the check says it in words
-            key = again = None
-    if again is None:
+                tensors = None  # autograd has to see the operator
+        except (AttributeError, IndexError, TypeError, RuntimeError):  # not what it should be: the check says it
+            tensors, result = None, out
+    if tensors is not None and not debug_enabled():
+        known = _calls.call(tensors, options)
+    if known is None:
         _check(
             tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
             k_scale, v_scale, batch_invariant, out,
@@ -100,53 +105,35 @@ def tree_attention(
     if debug_enabled():
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         _check_values(cache_seqlens, tree, q.shape[1], capacity, block_table, k_cache)
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = None
-    if return_lse:
-        lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    if again is not None:
-        addresses[-1:] = out.data_ptr(), 0 if lse is None else lse.data_ptr()
-        if again(addresses):
-            return out if lse is None else (out, lse)
-
-    scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    new = () if k is None else (k, v)
-    rest = (
-        tree.packed_mask, tree.depths if window is not None else None, tree.num_nodes, cache_seqlens, block_table,
-        sinks, k_scale, v_scale, scale, window or 0, float(softcap), batch_invariant, out, lse,
-    )  # fmt: skip
-    op = torch.ops.medusa_kernels.tree_attention if k is None else torch.ops.medusa_kernels.tree_attention_append
-    op(q, k_cache, v_cache, *new, *rest)
-    if key is not None and (again is None or q.is_cuda):
-        launched, _ = _signature((*tensors[:-1], out, lse), (scale, window or 0, float(softcap), batch_invariant))
-        _remember(key, _ready.get(launched, _through_op))
-    return out if lse is None else (out, lse)
+    if result is None:
+        result = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if return_lse and lse is None:
+        lse = _new_lse(q)
+    if not known:
+        scale = q.shape[3] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        new = () if k is None else (k, v)
+        rest = (
+            tree.packed_mask, tree.depths if window is not None else None, tree.num_nodes, cache_seqlens, block_table,
+            sinks, k_scale, v_scale, scale, window or 0, float(softcap), batch_invariant, result, lse,
+        )  # fmt: skip
+        op = torch.ops.medusa_kernels.tree_attention if k is None else torch.ops.medusa_kernels.tree_attention_append
+        op(q, k_cache, v_cache, *new, *rest)
+        if tensors is not None and (known is None or q.is_cuda):
+            launched = _calls.find(tensors, (scale, window or 0, float(softcap), batch_invariant))
+            _calls.remember(tensors, options, launched or _through_op)
+    return result if lse is None else (result, lse)
 
 
-# A decoder makes the same call in every layer and step. Here is, by signature, how to make again a call that passed the
-# checks: a function of the tensors' addresses that says whether it did it.
-_ready: dict[tuple, Callable[[list[int]], bool]] = {}
+_calls = new_calls()
 
 
 def _through_op(addresses: list[int]) -> bool:
+    """The call passed the checks once, and the operator has to make it."""
     return False
 
 
-def _remember(key: tuple, again: Callable[[list[int]], bool]) -> None:
-    if len(_ready) >= 4096:
-        _ready.clear()
-    _ready[key] = again
-
-
-def _signature(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple[tuple, list[int]]:
-    """All that the checks and a launch look at, that is, all but the addresses' upper bits; and the addresses."""
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    kinds = [
-        None if x is None else (type(x), x.shape, x.stride(), x.dtype, x.device, address % 16)
-        for x, address in zip(tensors, addresses)
-    ]
-    return (*kinds, *options), addresses
+def _new_lse(q: Tensor) -> Tensor:
+    return torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
 
 
 def _traced() -> bool:
@@ -254,9 +241,7 @@ def _launch(
         out, lse,
     )  # fmt: skip
     options = (softmax_scale, window, softcap, batch_invariant)
-    key, addresses = _signature(tensors, options)
-    again = _ready.get(key)
-    if again is not None and again(addresses):
+    if _calls.call(tensors, options):
         return
     num_sms, arch = _sms_and_arch(q.device.index)
     if arch == 90 and not batch_invariant:
@@ -265,24 +250,24 @@ def _launch(
             num_sms,
         )  # fmt: skip
         if again is not None:
-            again(addresses)
-            _remember(key, again)
+            again([0 if x is None else x.data_ptr() for x in tensors])
+            _calls.remember(tensors, options, again)
             return
     from ._triton.launch import Launcher
 
     launcher = Launcher(tensors)
     with torch.cuda.device(q.device):
         _launch_kernels(*(*launcher.tensors[:13], *options, *launcher.tensors[13:], launcher))
-        again = launcher.replay()
-    if again is not None:
-        _remember(key, again)
+        replay = launcher.replay()
+    if replay is not None:
+        _calls.remember(tensors, options, replay)
 
 
 def _launch_kernels(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
     softmax_scale, window, softcap, batch_invariant, out, lse, launcher,
 ) -> None:  # fmt: skip
-    """Choose the Triton kernel and its tiles, by nothing but what is in `_signature`."""
+    """Choose the Triton kernel and its tiles, by nothing but what `_calls` tells calls by."""
     from ._triton import tree_attention as kernels
 
     batch, size, heads, head_dim = q.shape

@@ -16,6 +16,7 @@ import torch
 import triton
 
 from medusa_kernels import TokenTree, _sm90, attention
+from medusa_kernels._calls import new_calls
 from medusa_kernels._triton import tree_attention as kernels
 from medusa_kernels._triton import tree_attention_invariant as invariant
 
@@ -235,7 +236,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(attention, "_sms_and_arch", lambda device: (132, 90))
     monkeypatch.setattr(_sm90, "_kernel", lambda: None)  # which a PyTorch with CUDA would load
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(attention, "_ready", {})
+    monkeypatch.setattr(attention, "_calls", new_calls())
     return fake.made
 
 
@@ -261,7 +262,7 @@ def operator_arguments(
     )  # fmt: skip
 
 
-def test_replayed_launches_are_tritons_own(launches):
+def test_replayed_launches_are_tritons_own(launches, monkeypatch):
     """Calls alike in all but what Triton compiles for: a launch made again is the one that Triton would have made."""
 
     def comparable(made, arguments):
@@ -289,13 +290,13 @@ def test_replayed_launches_are_tritons_own(launches):
     functions = set()
     for options in variants:
         arguments = operator_arguments(**options)
-        remembered = dict(attention._ready)
+        remembered = attention._calls.values()
         attention._launch(*arguments)
-        assert attention._ready == remembered, f"{options}: not made again, but anew"
+        assert attention._calls.values() == remembered, f"{options}: not made again, but anew"
         again = comparable(launches, arguments)
-        attention._ready.clear()
-        attention._launch(*arguments)
-        attention._ready.update(remembered)
+        with monkeypatch.context() as nothing_known:
+            nothing_known.setattr(attention, "_calls", new_calls())
+            attention._launch(*arguments)
         assert again == comparable(launches, arguments) and again, options
         functions.add(again[0][2])
     assert len(functions) > 10  # variants in which Triton does compile something else
@@ -304,8 +305,9 @@ def test_replayed_launches_are_tritons_own(launches):
 def test_replay_gives_way_to_hooks_and_settings(launches):
     arguments = operator_arguments()
     attention._launch(*arguments)
-    (again,) = attention._ready.values()
-    assert again(attention._signature(operator_arguments()[:13] + arguments[-2:], ())[1])
+    (again,) = attention._calls.values()
+    tensors = operator_arguments()[:13] + arguments[-2:]
+    assert again([0 if x is None else x.data_ptr() for x in tensors])
     launches.clear()
     hook = lambda metadata: None  # noqa: E731
     triton.knobs.runtime.launch_enter_hook.add(hook)
