@@ -97,6 +97,9 @@ _NODES = [f"{base}/T{t}" for base in ("mha_b1_4k", "gqa_b1_8k") for t in (1, 2, 
 _DIMS = [f"{base}/D{d}" for base in ("mha_b1_4k", "gqa_b1_8k") for d in (64, 96, 256)]  # theirs is 128
 _GROUPS = [f"gqa_b1_8k/G{g}" for g in (1, 3, 4, 7, 8, 16)]
 _BATCHES = [f"gqa_b1_8k/L32768/B{b}/ragged" for b in (4, 16, 64)]
+# Lengths as they come: not whole tiles.
+_UNALIGNED = ["mha_b1_1k/L1000", "mha_b1_4k/L4000", "mha_b8_2k/L2000",
+              "gqa_b1_1k/L1000", "gqa_b1_8k/L8000", "gqa_b8_4k/L4000"]  # fmt: skip
 _WINDOWS = [f"{base}/window4096" for base in ("mha_b1_16k", "gqa_b1_32k", "gqa_b8_4k")]
 _CACHES = [f"{name}/{change}" for name in TABLE for change in ("paged16", "paged64", "fp8", "heads_first")]
 SETS: dict[str, list[str]] = {
@@ -106,8 +109,9 @@ SETS: dict[str, list[str]] = {
     "groups": _GROUPS,
     "ragged": _BATCHES,
     "window": _WINDOWS,
+    "unaligned": _UNALIGNED,
     "caches": _CACHES,
-    "sweep": _NODES + _DIMS + _GROUPS + _BATCHES + _WINDOWS,
+    "sweep": _NODES + _DIMS + _GROUPS + _BATCHES + _WINDOWS + _UNALIGNED,
 }
 # Too small to say anything about speed: the smoke test of a machine without a GPU.
 TINY = [
@@ -268,6 +272,23 @@ def ours_batch_invariant(inputs: Inputs) -> Prepared:
     if "batch_invariant" not in inspect.signature(tree_attention).parameters:
         raise Unsupported("tree_attention has no batch_invariant")
     return ours(inputs, batch_invariant=True)
+
+
+def ours_append(inputs: Inputs) -> Prepared:
+    """The nodes' rows of K and V given with the call, which writes them to the cache: as a decoder calls it."""
+    if inputs.case.fp8:
+        raise Unsupported("the rows of the nodes are rounded already")
+    slots = inputs.cache_seqlens.long().unsqueeze(1) + torch.arange(inputs.case.nodes, device=inputs.device)
+    where = torch.arange(inputs.case.batch, device=inputs.device).unsqueeze(1)
+    if inputs.block_table is not None:
+        size = inputs.k[0].shape[1]
+        where, slots = inputs.block_table.long().gather(1, slots // size), slots % size
+    calls = [
+        partial(tree_attention, *inputs.arguments(i), k=inputs.k[i][where, slots], v=inputs.v[i][where, slots],
+                **inputs.keywords)
+        for i in range(len(inputs.q))
+    ]  # fmt: skip
+    return _prepared(inputs, calls)
 
 
 def _contiguous_only(inputs: Inputs, name: str) -> None:
@@ -560,7 +581,7 @@ def fa4_mask(inputs: Inputs) -> Prepared:
 CONTENDERS: dict[str, Callable[[Inputs], Prepared]] = {
     f.__name__: f
     for f in (
-        ours, ours_batch_invariant, eager, sdpa, sdpa_efficient, sdpa_cudnn, flex, flashinfer_fa2,
+        ours, ours_append, ours_batch_invariant, eager, sdpa, sdpa_efficient, sdpa_cudnn, flex, flashinfer_fa2,
         flashinfer_decode, xqa, fa4_mask, fa4_no_mask, fa2_no_mask,
     )
 }  # fmt: skip

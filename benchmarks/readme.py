@@ -31,8 +31,10 @@ def operator_table(op: str, changed: bool = False) -> str:
     for row in data["results"]:
         if row["us"] is not None and ("/" in row["case"]) == changed:
             cases.setdefault(row["case"], []).append(row)
-    invariant = any(row["contender"] == "ours_batch_invariant" for rows in cases.values() for row in rows)
-    head = "| case | floor µs | µs | of floor | best peer µs | faster by |" + " batch-invariant µs |" * invariant
+    measured = {row["contender"] for rows in cases.values() for row in rows}
+    more = {"ours_append": "appending µs", "ours_batch_invariant": "batch-invariant µs"}  # of ours
+    more = {name: column for name, column in more.items() if name in measured}
+    head = "| case | floor µs | µs | of floor | best peer µs | faster by |" + "".join(f" {c} |" for c in more.values())
     lines = [head, "| --- " * (head.count("|") - 1) + "|"]
     for case, rows in cases.items():
         ours = next(row for row in rows if row["contender"] == "ours")
@@ -45,8 +47,9 @@ def operator_table(op: str, changed: bool = False) -> str:
         share = ours["floor_us"] / ours["us"]
         label = case + older(ours, data)
         line = f"| {label} | {ours['floor_us']:.1f} | {ours['us']:.1f} | {share:.0%} | {peer} |"
-        if invariant:
-            line += f" {next(row['us'] for row in rows if row['contender'] == 'ours_batch_invariant'):.1f} |"
+        for name in more:
+            us = next((row["us"] for row in rows if row["contender"] == name), None)
+            line += " - |" if us is None else f" {us:.1f} |"
         lines.append(line)
     card, limits = data["card"], data["limits"]
     about = (

@@ -4,9 +4,9 @@
 // Rows are nodes times query heads of a KV head, row = node * group + head, so that K and V are
 // read once for the group. A block has one or two warpgroups that compute, each on 64 rows, and one
 // that fills a ring of tiles of 64 keys for them: by TMA while all of a tile's slots lie in the
-// cache, else by cp.async, which puts zeros in slots of nobody and takes appended rows from `k` and
-// `v`. Slots are one sequence, committed tokens then nodes; a tile with nodes has a word of bits
-// for each row, which is the only mask there is.
+// cache, else, the tail, by cp.async, which puts zeros in slots of nobody and takes appended rows
+// from `k` and `v`. Slots are one sequence, committed tokens then nodes; a tile with nodes has a
+// word of bits for each row, which is the only mask there is.
 //
 // Of an fp8 cache K is multiplied as it is, with Q as a sum of two fp8 matrices, which is exact for
 // bfloat16. V, which the tensor cores take in columns of fp16 alone, is converted by one warpgroup
@@ -95,6 +95,8 @@ struct Config {
     static constexpr int kDim = kDim_;
     static constexpr int kGroups = kGroups_;  // of 64 rows
     static constexpr int kRows = 64 * kGroups;
+    // Where the ring is short the tail comes third, as it takes longest to copy; else last.
+    static constexpr bool kTailThird = kGroups == 1 && !kFp8;
     static constexpr bool kStay = kGroups == 2;  // more would not fit a small block's registers
     // Warpgroups that compute. Two that share 64 rows take tiles in turn: one alone would be slower
     // than half of the bytes.
@@ -145,12 +147,12 @@ struct Config {
 };
 
 // What a block does: these rows of a KV head and tiles [lo, hi), of which those below `whole` hold
-// committed tokens alone and those below `cached` only what the cache holds already.
+// committed tokens alone. Those from `tail` on hold more than the cache does, or are not whole.
 struct Work {
     int batch, head_kv, first_row;
     int split;
     int length, nodes, keys;
-    int whole, cached, lo, hi;
+    int whole, lo, hi;
 
     // Which rows: begins to load their request's lengths, which `set_tiles` needs.
     // item: of `p.items` row blocks; else there is a block for each split of each
@@ -179,11 +181,30 @@ struct Work {
         keys = length + nodes;
         const int tiles = (keys + kKeys - 1) / kKeys;
         whole = length / kKeys;
-        cached = p.new_rows[0] ? whole : keys / kKeys;
         // The last split, whose tiles hold the nodes, has none too many.
         const int more = p.num_splits.value - 1;
         lo = (tiles * split + more) / p.num_splits;
         hi = (tiles * (split + 1) + more) / p.num_splits;
+    }
+
+    __device__ __forceinline__ int count() const { return hi - lo; }
+
+    // The first tile of the tail; those before it are what the cache holds.
+    __device__ __forceinline__ int tail(const AttentionParams& p) const {
+        return min(max(p.new_rows[0] ? whole : keys / kKeys, lo), hi);
+    }
+    // The end of the tiles that come before the tail.
+    template <typename C>
+    __device__ __forceinline__ int head(const AttentionParams& p) const {
+        return C::kTailThird ? min(tail(p), lo + 2) : tail(p);
+    }
+
+    // The i-th to come.
+    template <typename C>
+    __device__ __forceinline__ int tile(const AttentionParams& p, int i) const {
+        if constexpr (!C::kTailThird) return lo + i;
+        const int first = tail(p), before = head<C>(p) - lo, behind = i - before - (hi - first);
+        return i < before ? lo + i : behind < 0 ? hi + behind : lo + before + behind;
     }
 
     // What K's (0) or V's numbers in an fp8 cache are to be multiplied with.
@@ -248,24 +269,26 @@ struct Producer {
         return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
     }
 
-    // One warp for K and one for V, or one for each half of rows of 256 bytes: every lane a box,
-    // [1 << box_shift] slots of 128 bytes, as a warp's boxes are copied one after another. Lane l
-    // looks up the page of the l-th of the next 32 boxes.
-    __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map,
-                                                 const CUtensorMap& v_map) {
+    // Tiles [first, end). One warp for K and one for V, or one for each half of rows of 256
+    // bytes: every lane a box, [1 << box_shift] slots of 128 bytes, as a warp's boxes are copied
+    // one after another. Lane l looks up the page of the l-th of the next 32 boxes: `pages`.
+    __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                                 int first, int end, int& pages) {
+        if (thread >= (C::kRowBytes > 128 ? 128 : 64)) {
+            ring.advance(p.stages, end - first);
+            return;
+        }
         const int v = thread / 32 % 2, half = thread / 64, lane = thread % 32;
         const int boxes = kKeys >> p.box_shift;
-        const int end = min(w.cached, w.hi);
-        int pages = 0, slot = w.lo * kKeys + (lane << p.box_shift);
+        int slot = first * kKeys + (lane << p.box_shift);
 #pragma unroll 1
-        for (int tile = w.lo; tile < end; ++tile) {
+        for (int tile = first; tile < end; ++tile) {
             int inside = slot, block = w.batch;
             if (table) {
-                const int first = (tile - w.lo) * boxes % 32;
-                const int looked_up = tile * kKeys + (lane << p.box_shift);
-                if (first == 0 && looked_up < end * kKeys) pages = page(looked_up);
+                const int at = (tile - w.lo) * boxes % 32;
+                if (at == 0 && slot < w.tail(p) * kKeys) pages = page(slot);
                 inside &= (1 << p.page_shift) - 1;
-                block = __shfl_sync(~0u, pages, first + lane);
+                block = __shfl_sync(~0u, pages, at + lane);
             }
             slot += kKeys;
             barrier_wait(free(v), ring.phase ^ 1);
@@ -289,19 +312,20 @@ struct Producer {
     // Which block a slot lies in.
     __device__ __forceinline__ int block_of(int slot) const { return table ? page(slot) : w.batch; }
 
-    // Where a unit of a slot lies.
+    // Where this thread's unit of a slot lies in the cache: [0], or of row `slot` of the new ones.
     __device__ __forceinline__ int64_t place(const RowStrides& s, int slot, int block) const {
-        if (table) slot &= (1 << p.page_shift) - 1;
         return block * s.block + slot * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
-
+    __device__ __forceinline__ int in_page(int slot) const {
+        return table ? slot & ((1 << p.page_shift) - 1) : slot;
+    }
     __device__ __forceinline__ const T* new_row(int v, int slot) const {
-        const RowStrides& s = p.new_strides[v];
-        return static_cast<const T*>(p.new_rows[v]) + w.batch * s.block +
-               (slot - w.length) * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
+        return static_cast<const T*>(p.new_rows[v]) +
+               place(p.new_strides[v], slot - w.length, w.batch);
     }
 
-    // Where this thread's unit of a row of a tile goes, as the TMA would put it.
+    // Where this thread's unit of a row of a tile goes, as the TMA would put it. From a row to that
+    // of the next pass it is always as far.
     __device__ __forceinline__ uint32_t unit_of(int v, int row) const {
         const int unit = thread % kUnits;
         if constexpr (!C::kFp8) {
@@ -310,34 +334,57 @@ struct Producer {
         const int swizzle = v ? 0 : C::kRowBytes == 128 ? row % 8 : row / 2 % 4;
         return tile_of(v) + row * C::kRowBytes + (unit ^ swizzle) * 16;
     }
+    static constexpr int kPassBytes = kPass * (C::kRowBytes < 128 ? C::kRowBytes : 128);
+    static_assert(kPass % 8 == 0);
 
-    // blocks: of slots `start` + lane, and 32 further on
+    // blocks: of a tile's slots by lanes, of the upper 32 of them the second
+    __device__ __forceinline__ static int block_of_row(int row, const int (&blocks)[2]) {
+        return __shfl_sync(~0u, row < 32 ? blocks[0] : blocks[1], row % 32);
+    }
+
     __device__ __forceinline__ void copy_tail(int v, int start, const int (&blocks)[2]) const {
-        const Cached* cache = static_cast<const Cached*>(p.cache[v]);
+        const Cached* const cache = static_cast<const Cached*>(p.cache[v]);
+        const RowStrides& s = p.strides[v];
+        int row = thread / kUnits;
+        uint32_t to = unit_of(v, row);
+        const Cached* old = cache + place(s, table ? 0 : start + row, table ? 0 : w.batch);
+        const T* fresh = !C::kFp8 && p.new_rows[v] ? new_row(v, start + row) : nullptr;
+        const int first_new = p.new_rows[v] ? w.length : w.keys;
 #pragma unroll 1
-        for (int row = thread / kUnits; row < kKeys; row += kPass) {
+        for (int i = 0; i < kKeys / kPass; ++i) {
             const int slot = start + row;
-            const int block = __shfl_sync(~0u, row < 32 ? blocks[0] : blocks[1], row % 32);
-            const bool is_new = p.new_rows[v] && slot >= w.length;
-            const bool ok = slot < w.keys && !(C::kFp8 && is_new);  // `append_fp8` rounds those
-            const void* from = cache;
-            if (ok && is_new) {
-                from = new_row(v, slot);
-            } else if (ok) {
-                from = cache + place(p.strides[v], slot, block);
-            }
-            copy_16_bytes(unit_of(v, row), from, ok);
+            const Cached* from = old;
+            if (table) from += block_of_row(row, blocks) * s.block + in_page(slot) * s.slot;
+            const bool is_new = slot >= first_new;  // of fp8, `append_fp8` rounds those
+            const bool ok = slot < w.keys && !(C::kFp8 && is_new);
+            const void* at = cache;
+            if (ok) at = !C::kFp8 && is_new ? static_cast<const void*>(fresh) : from;
+            copy_16_bytes(to, at, ok);
+            row += kPass;
+            to += kPassBytes;
+            if (!table) old += kPass * s.slot;
+            if (!C::kFp8) fresh += kPass * p.new_strides[v].slot;
         }
     }
 
     // Appends the nodes of a tile to the cache. Nobody reads their slots there in this launch.
-    __device__ __forceinline__ void append(int v, int start) const {
-        T* cache = static_cast<T*>(p.cache[v]);
-        const int end = min(start + kKeys, w.keys);
+    __device__ __forceinline__ void append(int v, int start, const int (&blocks)[2]) const {
+        const RowStrides& s = p.strides[v];
+        int row = thread / kUnits;
+        uint32_t from = unit_of(v, row);
+        T* to =
+            static_cast<T*>(p.cache[v]) + place(s, table ? 0 : start + row, table ? 0 : w.batch);
 #pragma unroll 1
-        for (int slot = max(start, w.length) + thread / kUnits; slot < end; slot += kPass) {
-            *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot, block_of(slot))) =
-                *reinterpret_cast<const uint4*>(new_row(v, slot));
+        for (int i = 0; i < kKeys / kPass; ++i) {
+            const int slot = start + row;
+            T* at = to;
+            if (table) at += block_of_row(row, blocks) * s.block + in_page(slot) * s.slot;
+            if (slot >= w.length && slot < w.keys) {
+                *reinterpret_cast<uint4*>(at) = load_shared_4(from);
+            }
+            row += kPass;
+            from += kPassBytes;
+            if (!table) to += kPass * s.slot;
         }
     }
 
@@ -367,25 +414,27 @@ struct Producer {
             const uint4 x = rounded(v, slot);
             store_shared(unit_of(v, row), x);
             if (w.first_row == 0) {  // nobody reads its slot there in this launch
-                *reinterpret_cast<uint4*>(cache + place(p.strides[v], slot, block_of(slot))) = x;
+                *reinterpret_cast<uint4*>(cache +
+                                          place(p.strides[v], in_page(slot), block_of(slot))) = x;
             }
         }
     }
 
     __device__ __forceinline__ void row_block(const CUtensorMap& k_map, const CUtensorMap& v_map) {
         if (p.block_table) table = p.block_table + w.batch * p.table_stride;
-        if (thread < (C::kRowBytes > 128 ? 128 : 64)) {
-            cached_tiles(k_map, v_map);
-        } else {
-            ring.advance(p.stages, max(min(w.cached, w.hi) - w.lo, 0));
+        int pages = 0;
+        if (!C::kStay && w.tail(p) == w.hi) {
+            cached_tiles(k_map, v_map, w.lo, w.hi, pages);
+            return;
         }
+        cached_tiles(k_map, v_map, w.lo, w.template head<C>(p), pages);
         sync_threads<1, kGroupThreads>();  // a parity says nothing of a phase further ahead
         // What the copies below are computed from is not to take registers above.
         pin(w.batch);
         pin(w.head_kv);
         pin(thread);
 #pragma unroll 1
-        for (int tile = max(w.lo, w.cached); tile < w.hi; ++tile) {
+        for (int tile = w.tail(p); tile < w.hi; ++tile) {
             int blocks[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -409,9 +458,13 @@ struct Producer {
             }
             if (!C::kFp8 && p.new_rows[0] && w.first_row == 0) {
 #pragma unroll 1
-                for (int v = 0; v < 2; ++v) append(v, tile * kKeys);
+                for (int v = 0; v < 2; ++v) append(v, tile * kKeys, blocks);
+                sync_threads<1, kGroupThreads>();  // who has read it may fill it again
             }
             ring.advance<1>(p.stages.value);
+        }
+        if constexpr (C::kTailThird) {
+            cached_tiles(k_map, v_map, w.template head<C>(p), w.tail(p), pages);
         }
     }
 
@@ -475,7 +528,7 @@ struct Converter {
     __device__ __forceinline__ void run() {
         for (;;) {
 #pragma unroll 1
-            for (int tile = w.lo; tile < w.hi; ++tile) {
+            for (int left = w.count(); left > 0; --left) {
                 const uint32_t full = barrier_of(barriers, 1, ring);
                 const uint32_t into = converted_barriers + converted.stage * 8;
                 barrier_wait(full, ring.phase);
@@ -880,33 +933,45 @@ struct Consumer {
             base[i] = sum[i] = 0.0f;
         }
         goes_on = false;
-        int tile = w.lo + (C::kShares ? group : 0);
-        const bool only = tile + C::kStep >= w.hi;
-        any = tile < w.hi;
+        int left = w.count() - (C::kShares ? group : 0);  // this warpgroup's and, so, the other's
+        const auto this_tile = [&] { return w.template tile<C>(p, w.count() - left); };
+        const bool only = left <= C::kStep;
+        any = left > 0;
         wgmma_wait<0>();
         pin(scores[0]);
         if (any) {
             release_k();
             if (!only) {
-                step<0, true, true>(tile);
-                tile += C::kStep;
+                step<0, true, true>(this_tile());
+                left -= C::kStep;
                 // Most tiles hold committed tokens alone: their loop has no code for masks. Not
                 // worth reading where it runs a few times.
-                const int whole = w.hi - tile > 7 * C::kStep ? min(w.hi, w.whole) : 0;
+                const bool few = left <= 7 * C::kStep;
+                if constexpr (C::kTailThird) {  // until it has come
+                    const int behind = w.tail(p) < w.hi ? w.tail(p) - w.template head<C>(p) : left;
+                    const int until = few ? C::kStep : max(behind, C::kStep);
 #pragma unroll 1
-                for (; tile + 2 * C::kStep < whole; tile += 2 * C::kStep) {
-                    step<1, false, false>(tile);
-                    step<0, false, false>(tile + C::kStep);
+                    for (; left > until; left -= C::kStep) {
+                        step<1, false, true>(this_tile());
+                        keep_scores();
+                    }
+                }
+                const int masked = (C::kTailThird ? w.tail(p) : w.hi) - w.whole;  // at the end
+                const int end = few ? left : max(masked, 0) + 2 * C::kStep;
+#pragma unroll 1
+                for (; left > end; left -= 2 * C::kStep) {
+                    step<1, false, false>(0);
+                    step<0, false, false>(0);
                 }
 #pragma unroll 1
-                for (; tile + C::kStep < w.hi; tile += C::kStep) {
-                    step<1, false, true>(tile);
+                for (; left > C::kStep; left -= C::kStep) {
+                    step<1, false, true>(this_tile());
                     keep_scores();
                 }
             } else {
                 keep_scores();
             }
-            last_step(tile, only);
+            last_step(this_tile(), only);
         } else if (C::kStay && p.items) {
             look_ahead();
         }
@@ -916,7 +981,7 @@ struct Consumer {
                 following.set_tiles(p);
                 if constexpr (C::kFp8) narrow_q(following);
             }
-            begin_scores<0>(goes_on && following.lo < following.hi);
+            begin_scores<0>(goes_on && following.count() > 0);
             wgmma_wait<1>();
         } else {
             wgmma_wait<0>();
@@ -1047,7 +1112,7 @@ struct Consumer {
         if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
         if (kTurns && group == 1) arrive_threads(kTurn, 2 * kGroupThreads);  // the other's first
-        begin_scores<0>(w.lo + (C::kShares ? group : 0) < w.hi);
+        begin_scores<0>(w.count() > (C::kShares ? group : 0));
 #pragma unroll 1
         for (;;) {
             attend();

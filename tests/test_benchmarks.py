@@ -390,7 +390,7 @@ def test_choice_of_cases():
     assert names("table") == list(bench_attention.TABLE)
     assert names("small*/paged16,mha_b1_1k") == ["small_b1_1k/paged16", "mha_b1_1k"]
     assert run_benchmarks.choose("ours*,eager", list(bench_attention.CONTENDERS)) == [
-        "ours", "ours_batch_invariant", "eager",
+        "ours", "ours_append", "ours_batch_invariant", "eager",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="sdqa"):
         run_benchmarks.choose("sdqa", ["sdpa"])
