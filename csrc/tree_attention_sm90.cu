@@ -342,6 +342,7 @@ struct Producer {
         return __shfl_sync(~0u, row < 32 ? blocks[0] : blocks[1], row % 32);
     }
 
+    // Begins to copy a tile row by row, from `k` and `v` where they have it.
     __device__ __forceinline__ void copy_tail(int v, int start, const int (&blocks)[2]) const {
         const Cached* const cache = static_cast<const Cached*>(p.cache[v]);
         const RowStrides& s = p.strides[v];
