@@ -80,7 +80,7 @@ def tree_attention(
     result, lse = out, None
     known = None  # whether this call was made before, and so passed the checks: and made again just now
     tensors: tuple[Tensor | None, ...] | None = None
-    options = (softmax_scale, window, softcap, batch_invariant)
+    options = (softmax_scale, window, softcap, batch_invariant, True)  # checked: what `_launch` knows is not
     if isinstance(tree, TokenTree) and not _traced():
         try:
             if result is None:

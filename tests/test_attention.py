@@ -650,3 +650,17 @@ def test_gpu_compile_fullgraph():
     _ = tree.packed_mask
     step = torch.compile(lambda q: tree_attention(q * 2, k_cache, v_cache, tree, lens) + 1, fullgraph=True)
     assert torch.equal(step(q), expected)
+
+
+def test_only_checked_calls_pass_without_checks():
+    """What the operator was called with by itself, by whatever arguments, is not known to the public function."""
+    case = Case([30], [8], 8, window=5)
+    q, k_cache, v_cache, tree, lens, _ = case.build()
+    launched = []
+    attention._calls.clear()
+    tensors = (q, k_cache, v_cache, None, None, tree.packed_mask, tree.depths, tree.num_nodes, lens, *[None] * 4, q)
+    attention._calls.remember((*tensors, None), (0.25, 5, 0.0, False), lambda addresses: not launched.append(addresses))
+    for calls in (0, 1):  # the second one passed the checks before
+        tree_attention(q, k_cache, v_cache, tree, lens, softmax_scale=0.25, window=5, out=torch.empty_like(q))
+        assert len(launched) == calls
+    attention._calls.clear()
