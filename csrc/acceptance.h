@@ -560,6 +560,9 @@ MK_HD int cut_path(const AcceptArgs& a, const Request& r, const int32_t* parents
     return length;
 }
 
+template <typename scalar_t>
+constexpr int kDropBits = 0;  // low bits of an order key in which no two logits differ
+
 // ---- the C++ kernel: one request, serially ----
 
 #if !defined(__CUDACC__)
@@ -581,8 +584,6 @@ inline float to_float(fp16_t x) {
     return bits_float(sign | float_bits(magnitude));
 }
 
-template <typename scalar_t>
-constexpr int kDropBits = 0;  // low bits of an order key in which no two logits differ
 template <>
 inline constexpr int kDropBits<bf16_t> = 16;
 template <>

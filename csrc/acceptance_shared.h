@@ -5,6 +5,15 @@
 #include "acceptance.h"
 #include "acceptance_ptx.h"
 
+namespace medusa_kernels {
+
+template <>
+inline constexpr int kDropBits<__nv_bfloat16> = 16;
+template <>
+inline constexpr int kDropBits<__half> = 13;
+
+}  // namespace medusa_kernels
+
 namespace medusa_kernels::gpu {
 
 namespace cg = cooperative_groups;
@@ -39,13 +48,6 @@ struct AcceptParams {
     int32_t ahead;  // a request's groups measure a likely path's nodes, not all
     AcceptArgs a;
 };
-
-template <typename scalar_t>
-constexpr int kDropBits = 0;  // low bits of an order key in which no two logits differ
-template <>
-inline constexpr int kDropBits<__nv_bfloat16> = 16;
-template <>
-inline constexpr int kDropBits<__half> = 13;
 
 struct Shared {
     Request request;

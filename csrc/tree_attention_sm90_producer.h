@@ -73,7 +73,8 @@ struct Producer {
     // Which block a slot lies in.
     __device__ __forceinline__ int block_of(int slot) const { return table ? page(slot) : w.batch; }
 
-    // Where this thread's unit of a slot lies in the cache: [0], or of row `slot` of the new ones.
+    // How far this thread's unit of a row lies from where the tensor begins; a row of pages, by its
+    // place in its own, `in_page`.
     __device__ __forceinline__ int64_t place(const RowStrides& s, int slot, int block) const {
         return block * s.block + slot * s.slot + w.head_kv * s.head + thread % kUnits * kElements;
     }
