@@ -14,10 +14,10 @@
 // 64 rows in all, on tiles in turn.
 //
 // A warpgroup keeps Q in registers and takes the softmax of tile j while the tensor cores work on
-// the scores of tile j + 1 and on the probabilities of tile j - 1 with V; two warpgroups take turns
-// to begin these. The maximum that a row's exponents refer to moves only when it falls behind by
-// more than 2^8 (FlashAttention-4), so the accumulator is rescaled a few times in all; the result
-// is the same, as its denominator has the same reference.
+// the probabilities of tile j - 1 with V and, of two warpgroups, which take turns to begin these,
+// on the scores of tile j + 1. The maximum that a row's exponents refer to moves only when it falls
+// behind by more than 2^8 (FlashAttention-4), so the accumulator is rescaled a few times in all;
+// the result is the same, as its denominator has the same reference.
 //
 // Where there are more row blocks than multiprocessors, blocks stay and draw the next one from a
 // counter: its tiles are on their way, its Q loaded under the last softmax of the one before, and
@@ -52,56 +52,77 @@ using namespace sm90;
 // lose 2%.
 constexpr int kEarlyTiles = 20;
 
+// Those of the rings and of `Next`, by a thread of each warp: one warp takes one after another,
+// were it a thread for each.
+template <typename C>
+__device__ __forceinline__ void init_barriers(uint32_t barriers, int stages) {
+    constexpr int kReaders = C::kComputing / C::kStep * 4;  // warps
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 != 0) return;
+    if (warp < 4) {  // as `barrier_of` has them
+        const int arrivals = warp < 2               ? C::kFullArrivals
+                             : C::kFp8 && warp == 3 ? kGroupThreads
+                                                    : kReaders;
+#pragma unroll 1
+        for (int i = 0; i < stages; ++i) {
+            barrier_init(barriers + (warp * kMostStages + i) * 8, arrivals);
+        }
+    } else if (warp == 4) {
+        barrier_init(barriers + C::kNext, 1);
+        barrier_init(barriers + C::kNext + 8, C::kThreads - kGroupThreads);
+    } else if (warp == 5) {
+        for (int i = 0; i < C::kConverted; ++i) {
+            barrier_init(barriers + C::kConvertedBarriers + i * 8, 4);  // warps
+            barrier_init(barriers + C::kConvertedBarriers + (C::kConverted + i) * 8, kReaders);
+        }
+    }
+    fence_barrier_init();
+}
+
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     tree_attention_kernel(const __grid_constant__ CUtensorMap k_map,
                           const __grid_constant__ CUtensorMap v_map,
                           const __grid_constant__ AttentionParams p) {
     extern __shared__ uint8_t dynamic_shared[];
+    // What does not depend on the kernels before is done while they end.
+    uint32_t barriers = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
+    pin(barriers);
     touch_parameters<sizeof(p)>(&p);
-    const uint32_t barriers = (shared_address(dynamic_shared) + 1023) / 1024 * 1024;
-    const uint32_t next = barriers + C::kNext, tiles = barriers + C::kTiles;
-    if (threadIdx.x == 0) {
-        constexpr int kReaders = C::kComputing / C::kStep * 4;  // warps
-        for (int i = 0; i < p.stages.value; ++i) {
-            for (int v = 0; v < 2; ++v) {
-                barrier_init(barrier_of(barriers, v, {i}), C::kFullArrivals);
-                barrier_init(barrier_of(barriers, v + 2, {i}),
-                             C::kFp8 && v ? kGroupThreads : kReaders);
-            }
-        }
-        for (int i = 0; i < C::kConverted; ++i) {
-            barrier_init(barriers + C::kConvertedBarriers + i * 8, 4);  // warps
-            barrier_init(barriers + C::kConvertedBarriers + (C::kConverted + i) * 8, kReaders);
-        }
-        barrier_init(next, 1);
-        barrier_init(next + 8, C::kThreads - kGroupThreads);
-        fence_barrier_init();
+    init_barriers<C>(barriers, p.stages.value);
+    if (threadIdx.x == 6 * 32) {
         prefetch_map(k_map);
         prefetch_map(v_map);
     }
-    wait_for_kernels_before();
+    const uint32_t next = barriers + C::kNext, tiles = barriers + C::kTiles;
     Work w;
     w.set_rows<C>(p, blockIdx.x);
+    if (threadIdx.x == 7 * 32) w.prefetch_lengths(p);
     __syncthreads();
 
     const int group = threadIdx.x / kGroupThreads;
     if (group >= C::kComputing) {
-        shrink_registers<C::kProducerRegisters>();
-        w.set_tiles(p);
         const int thread = threadIdx.x % kGroupThreads;
         if (C::kFp8 && group > C::kComputing) {
             Converter<C> converter{p,        w,
                                    tiles,    barriers + C::kConvertedTiles,
                                    barriers, barriers + C::kConvertedBarriers,
                                    thread,   {p, next}};
+            converter.begin();
+            wait_for_kernels_before();
+            converter.w.load_lengths(p);
+            shrink_registers<C::kProducerRegisters>();
             converter.run();
         } else {
             Producer<C> producer{p, w, tiles, barriers, thread, {p, next}};
+            producer.begin();
+            wait_for_kernels_before();
+            producer.w.load_lengths(p);
+            shrink_registers<C::kProducerRegisters>();
             producer.run(k_map, v_map);
         }
+        if (p.num_splits.value > 1) arrive_threads<3, C::kThreads>();  // as below
     } else {
-        grow_registers<C::kConsumerRegisters>();
         const int lane = threadIdx.x % 32;
         Consumer<C> consumer{
             p,        w,
@@ -113,6 +134,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             consumer.k_ring.template advance<1>(p.stages.value);
             consumer.v_ring.template advance<1>(C::kConverted);
         }
+        consumer.find_q(w);
+        wait_for_kernels_before();
+        consumer.w.load_lengths(p);
+        grow_registers<C::kConsumerRegisters>();
         consumer.run();
 
         if (p.num_splits.value > 1) {
@@ -128,15 +153,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                 consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
                                  stats + done.split * C::kRows);
             }
-            sync_threads<2, kConsumers>();
+            sync_threads<3, C::kThreads>();  // all of the block: the tiles' memory is free
             bool waits = false;
             uint32_t* counter = split_arrivals + p.first_arrival + row_block;
             if (threadIdx.x == 0) waits = !arrive(counter, p.num_splits.value);
-            merge<C>(p, done, partial, stats, threadIdx.x / 32, lane, [&] {
-                while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
-                }
-                sync_threads<2, kConsumers>();
-            });
+            Merge<C> merge{p, done, partial, stats, tiles, int(threadIdx.x) / 32, lane};
+            merge.begin();
+            while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
+            }
+            sync_threads<2, kConsumers>();
+            merge.run();
         }
     }
 }
@@ -195,6 +221,8 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
+    MK_CHECK_VALUE(plan.num_splits <= kMostSplits, "num_splits: expected up to ", kMostSplits,
+                   ", got ", plan.num_splits);
     std::optional<WorkMemory> work;
     if (plan.num_splits > 1) {
         const int64_t rows = blocks * plan.num_splits * C::kRows;

@@ -13,10 +13,10 @@ struct Consumer {
     using Operand = typename C::Operand;
     static constexpr int kDim = C::kDim;
     static constexpr int kOut = kDim / 2 / C::kStep;  // results that a thread is left with
-    // Two warpgroups take turns to begin matrix products (FlashAttention-3's ping-pong): left
-    // alone they fall into step, both in their softmax at once, which costs up to 20%.
-    static constexpr bool kTurns = C::kGroups == 2;
-    static constexpr int kTurn = 5;  // barriers of the warpgroups
+    // Barriers of two warpgroups that take turns to begin matrix products (FlashAttention-3's
+    // ping-pong): left alone they fall into step, both in their softmax at once, which costs up to
+    // 20%.
+    static constexpr int kTurn = 5;
 
     const AttentionParams& p;
     Work w;
@@ -40,6 +40,9 @@ struct Consumer {
     // as `word` and `scale`.
     bool goes_on = false;
     Work following;
+    const T* q_row[2];
+    const uint64_t* mask_row[2];
+    bool has_q[2];
     uint64_t next_word[2];
     float next_scale[2];
 
@@ -56,17 +59,27 @@ struct Consumer {
 
     __device__ __forceinline__ int node(int i) const { return (w.first_row + row(i)) / p.group; }
 
-    __device__ __forceinline__ void load_q(const Work& w) {
+    // Where the rows of Q lie, and of the mask.
+    __device__ __forceinline__ void find_q(const Work& w) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int r = w.first_row + row(i);
             const int node = r / p.group;
             const int head = w.head_kv * p.group.value + r - node * p.group.value;
-            const bool ok = node < p.size;  // what rows of absent nodes come to is not used
-            const T* from = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
-                            int64_t(node) * p.q_strides.slot + int64_t(head) * p.q_strides.head +
-                            lane % 4 * (C::kFp8 ? 4 : 2);
-            next_word[i] = ok ? p.mask[w.batch * p.mask_stride + int64_t(node) * p.words] : 0;
+            has_q[i] = node < p.size;  // what rows of absent nodes come to is not used
+            q_row[i] = static_cast<const T*>(p.q) + w.batch * p.q_strides.block +
+                       int64_t(node) * p.q_strides.slot + int64_t(head) * p.q_strides.head +
+                       lane % 4 * (C::kFp8 ? 4 : 2);
+            mask_row[i] = p.mask + w.batch * p.mask_stride + int64_t(node) * p.words;
+            pin(q_row[i]);
+            pin(mask_row[i]);
+        }
+    }
+
+    __device__ __forceinline__ void load_q() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            next_word[i] = has_q[i] ? *mask_row[i] : 0;
 #pragma unroll
             for (int k = 0; k < kDim / 16; ++k) {
 #pragma unroll
@@ -75,7 +88,8 @@ struct Consumer {
                     // which `narrow_q` takes together.
                     const int dim =
                         C::kFp8 ? k % kSteps * 32 + j * 16 + k / kSteps * 2 : k * 16 + j * 8;
-                    q[k][2 * j + i] = ok ? *reinterpret_cast<const uint32_t*>(from + dim) : 0;
+                    q[k][2 * j + i] =
+                        has_q[i] ? *reinterpret_cast<const uint32_t*>(q_row[i] + dim) : 0;
                 }
             }
             next_scale[i] = p.scale;
@@ -285,22 +299,21 @@ struct Consumer {
         return moves;
     }
 
-    // The softmax of a tile whose scores are there and which is not the last one, under the next
-    // tile's scores and the last tile's product with V.
+    // Of two warpgroups: the softmax of a tile whose scores are there and which is not the last
+    // one, under the next tile's scores and the last tile's product with V.
     template <int kNow, bool kFirst, bool kMask>
     __device__ __forceinline__ void step(int tile) {
         const bool k_full = is_full(0, k_ring);
-        // Where memory bounds, the product frees its tile the sooner; where matmuls do, it would
-        // hold up the scores' instructions: eight can be under way.
-        if constexpr (!kFirst && !kTurns) begin_out(true);
-        if constexpr (kTurns) sync_threads(kTurn + group, 2 * kGroupThreads);
+        sync_threads(kTurn + group, 2 * kGroupThreads);
         begin_scores<1 - kNow>(!k_full);
-        if constexpr (!kFirst && kTurns) begin_out(true);
-        if constexpr (kTurns) arrive_threads(kTurn + 1 - group, 2 * kGroupThreads);
+        if constexpr (!kFirst) begin_out(true);
+        arrive_threads(kTurn + 1 - group, 2 * kGroupThreads);
         Ring v_next = v_ring;
         if constexpr (!kFirst) advance_v(v_next);
+        const bool v_full = is_full(1, v_next);
         float shrink[2];
-        const bool moves = probabilities<kMask>(scores[kNow], tile, v_next, shrink);
+        const bool moves = probabilities<kMask>(scores[kNow], tile, shrink);
+        wait_products(v_full, v_next);
         pin(scores[1 - kNow]);
         if constexpr (!kFirst) release_v();
         release_k();
@@ -308,35 +321,38 @@ struct Consumer {
         pack_probs(scores[kNow]);
     }
 
-    // From a tile's scores to what is to be packed, and on until all matrix products that are under
-    // way and the next one's V are there. Returns whether `out` is to be multiplied by `shrink`.
+    // From a tile's scores to what is to be packed. Returns whether `out` is to be multiplied by
+    // `shrink`.
     template <bool kMask>
     __device__ __forceinline__ bool probabilities(float (&s)[kKeys / 2], int tile,
-                                                  const Ring& v_next, float (&shrink)[2]) {
-        const bool v_full = is_full(1, v_next);
+                                                  float (&shrink)[2]) {
         if (kMask && tile >= w.whole) hide(s, tile);
         shrink[0] = shrink[1] = 1.0f;
         const bool moves = softmax(s, shrink);
         pin(s);
+        return moves;
+    }
+
+    // Until all matrix products that are under way are there and, where it is not yet, that V.
+    __device__ __forceinline__ void wait_products(bool v_full, const Ring& v) {
         // Asks for the sums, of which none is negative: else the assembler, which cannot know,
         // moves the wait for the matrix products up to where the softmax begins.
-        if (!v_full || sum[0] + sum[1] < 0.0f) wait_full(1, v_next);
+        if (!v_full || sum[0] + sum[1] < 0.0f) wait_full(1, v);
         wgmma_wait<0>();
         pin(out);
-        return moves;
     }
 
     // The last tile's softmax, whose scores are in scores[1], and its product with V, which is left
     // under way. Of a block that goes on, Q of the row block that it goes on with is loaded.
     __device__ __forceinline__ void last_step(int tile, bool only) {
         begin_out(true);  // of nothing, if this is the only tile; not used then
-        if constexpr (C::kStay) {
-            if (p.items) look_ahead();
-        }
+        if (p.items) look_ahead();
         Ring v_next = v_ring;
         if (!only) advance_v(v_next);
+        const bool v_full = is_full(1, v_next);
         float shrink[2];
-        const bool moves = probabilities<true>(scores[1], tile, v_next, shrink);
+        const bool moves = probabilities<true>(scores[1], tile, shrink);
+        wait_products(v_full, v_next);
         if (!only) release_v();
         if (moves) rescale(shrink);
         pack_probs(scores[1]);
@@ -367,49 +383,15 @@ struct Consumer {
             base[i] = sum[i] = 0.0f;
         }
         goes_on = false;
-        int left = w.count() - (C::kShares ? group : 0);  // this warpgroup's and, so, the other's
-        const auto this_tile = [&] { return w.template tile<C>(p, w.count() - left); };
-        const bool only = left <= C::kStep;
-        any = left > 0;
+        const int count = w.count() - (C::kShares ? group : 0);
+        any = count > 0;  // one warpgroup's and, so, the other's of two that have their own rows
         wgmma_wait<0>();
         pin(scores[0]);
-        if (any) {
-            release_k();
-            if (!only) {
-                step<0, true, true>(this_tile());
-                left -= C::kStep;
-                // Most tiles hold committed tokens alone: their loop has no code for masks. Not
-                // worth reading where it runs a few times.
-                const bool few = left <= 7 * C::kStep;
-                if constexpr (C::kTailThird) {  // until it has come
-                    const int behind = w.tail(p) < w.hi ? w.tail(p) - w.template head<C>(p) : left;
-                    const int until = few ? C::kStep : max(behind, C::kStep);
-#pragma unroll 1
-                    for (; left > until; left -= C::kStep) {
-                        step<1, false, true>(this_tile());
-                        keep_scores();
-                    }
-                }
-                const int masked = (C::kTailThird ? w.tail(p) : w.hi) - w.whole;  // at the end
-                const int end = few ? left : max(masked, 0) + 2 * C::kStep;
-#pragma unroll 1
-                for (; left > end; left -= 2 * C::kStep) {
-                    step<1, false, false>(0);
-                    step<0, false, false>(0);
-                }
-#pragma unroll 1
-                for (; left > C::kStep; left -= C::kStep) {
-                    step<1, false, true>(this_tile());
-                    keep_scores();
-                }
-            } else {
-                keep_scores();
-            }
-            last_step(this_tile(), only);
-        } else if (C::kStay && p.items) {
-            look_ahead();
+        if constexpr (C::kPipelined) {
+            attend_pipelined(count);
+        } else if (any) {
+            attend_in_turn();
         }
-        begin_out(!only);
         if constexpr (C::kStay) {
             if (goes_on) {
                 following.set_tiles(p);
@@ -425,6 +407,74 @@ struct Consumer {
         if constexpr (C::kShares) join();
     }
 
+    // Of one tile after another: its softmax under the last one's product with V; then its own and
+    // the next one's scores are begun. One loop for all, in a third of the instructions that
+    // `attend_pipelined` takes: between a decoder's matmuls they are no longer in the
+    // multiprocessor's cache, and come from memory more slowly than they are executed.
+    __device__ __forceinline__ void attend_in_turn() {
+        release_k();
+        const int head = w.template head<C>(p), tail = w.tail(p);
+        int tile = w.lo + (C::kShares ? group : 0), left = w.hi - tile;
+        Ring v_next = v_ring;
+        bool first = true;
+#pragma unroll 1
+        for (; left > 0; left -= C::kStep) {
+            const bool last = left <= C::kStep;
+            const bool k_full = is_full(0, k_ring), v_full = is_full(1, v_next);
+            float shrink[2];
+            const bool moves = probabilities<true>(scores[0], tile, shrink);
+            wait_products(v_full, v_next);
+            if (!first) release_v();
+            if (moves) rescale(shrink);
+            pack_probs(scores[0]);
+            begin_scores<0>(!last && !k_full);  // of nothing, after the last one; not used then
+            begin_out(true);
+            advance_v(v_next);
+            wgmma_wait<1>();
+            pin(scores[0]);
+            if (!last) release_k();
+            first = false;
+            tile += C::kStep;
+            if constexpr (C::kTailThird) {
+                if (tile == head) tile = tail;
+                if (tile == w.hi) tile = head;
+            }
+        }
+    }
+
+    // Each tile's softmax under the last one's product with V and the next one's scores.
+    __device__ __forceinline__ void attend_pipelined(int left) {
+        const auto this_tile = [&] { return w.hi - left; };
+        const bool only = left <= 1;
+        if (any) {
+            release_k();
+            if (!only) {
+                step<0, true, true>(this_tile());
+                --left;
+                // Most tiles hold committed tokens alone: their loop has no code for masks. Not
+                // worth reading where it runs a few times.
+                const int masked = max(w.hi - w.whole, 0);  // at the end
+                const int end = left <= 7 ? left : masked + 2;
+#pragma unroll 1
+                for (; left > end; left -= 2) {
+                    step<1, false, false>(0);
+                    step<0, false, false>(0);
+                }
+#pragma unroll 1
+                for (; left > 1; --left) {
+                    step<1, false, true>(this_tile());
+                    keep_scores();
+                }
+            } else {
+                keep_scores();
+            }
+            last_step(this_tile(), only);
+        } else if (p.items) {
+            look_ahead();
+        }
+        begin_out(!only);
+    }
+
     __device__ __forceinline__ void keep_scores() {
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) scores[1][i] = scores[0][i];
@@ -436,7 +486,9 @@ struct Consumer {
         goes_on = item < p.items;
         if (goes_on) {
             following.template set_rows<C>(p, item);
-            load_q(following);
+            following.load_lengths(p);
+            find_q(following);
+            load_q();
         }
     }
 
@@ -452,15 +504,13 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kOut; i += 4) {
                 store_shared(place(group, i / 4),
-                             {__float_as_uint(from[i]), __float_as_uint(from[i + 1]),
-                              __float_as_uint(from[i + 2]), __float_as_uint(from[i + 3])});
+                             float4{from[i], from[i + 1], from[i + 2], from[i + 3]});
             }
         };
         clear_unless_any();
         sync_threads<2, 2 * kGroupThreads>();  // the tiles' memory is free
         const float mine[2] = {reference(0), reference(1)};
-        store_shared(place(group, kGiven), {__float_as_uint(mine[0]), __float_as_uint(mine[1]),
-                                            __float_as_uint(sum[0]), __float_as_uint(sum[1])});
+        store_shared(place(group, kGiven), float4{mine[0], mine[1], sum[0], sum[1]});
         if (group == 0) {
             give(out + kOut);
         } else {
@@ -469,9 +519,8 @@ struct Consumer {
             for (int i = 0; i < kOut; ++i) out[i] = out[kOut + i];
         }
         sync_threads<2, 2 * kGroupThreads>();
-        const uint4 other = load_shared_4(place(1 - group, kGiven));
-        const float its[2] = {__uint_as_float(other.x), __uint_as_float(other.y)};
-        const float its_sum[2] = {__uint_as_float(other.z), __uint_as_float(other.w)};
+        const float4 other = load_shared_float4(place(1 - group, kGiven));
+        const float its[2] = {other.x, other.y}, its_sum[2] = {other.z, other.w};
         float keep[2], add[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -483,11 +532,11 @@ struct Consumer {
         }
 #pragma unroll
         for (int i = 0; i < kOut; i += 4) {
-            const uint4 x = load_shared_4(place(1 - group, i / 4));
-            out[i] = fmaf(__uint_as_float(x.x), add[0], out[i] * keep[0]);
-            out[i + 1] = fmaf(__uint_as_float(x.y), add[0], out[i + 1] * keep[0]);
-            out[i + 2] = fmaf(__uint_as_float(x.z), add[1], out[i + 2] * keep[1]);
-            out[i + 3] = fmaf(__uint_as_float(x.w), add[1], out[i + 3] * keep[1]);
+            const float4 x = load_shared_float4(place(1 - group, i / 4));
+            out[i] = fmaf(x.x, add[0], out[i] * keep[0]);
+            out[i + 1] = fmaf(x.y, add[0], out[i + 1] * keep[0]);
+            out[i + 2] = fmaf(x.z, add[1], out[i + 2] * keep[1]);
+            out[i + 3] = fmaf(x.w, add[1], out[i + 3] * keep[1]);
         }
     }
 
@@ -542,10 +591,11 @@ struct Consumer {
     // A split, whose results are left in `out`, or unsplit row blocks, this one and those that the
     // block goes on with.
     __device__ __forceinline__ void run() {
-        load_q(w);  // before the lengths are there
+        load_q();  // before the lengths are there
         if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
-        if (kTurns && group == 1) arrive_threads(kTurn, 2 * kGroupThreads);  // the other's first
+        if (C::kPipelined && group == 1)
+            arrive_threads(kTurn, 2 * kGroupThreads);  // the other's first
         begin_scores<0>(w.count() > (C::kShares ? group : 0));
 #pragma unroll 1
         for (;;) {
@@ -555,7 +605,8 @@ struct Consumer {
             if (!goes_on) break;
             w = following;
         }
-        if (kTurns && group == 0) sync_threads(kTurn, 2 * kGroupThreads);  // has none any more
+        if (C::kPipelined && group == 0)
+            sync_threads(kTurn, 2 * kGroupThreads);  // has none any more
         if constexpr (C::kStay) wgmma_wait<0>();
     }
 

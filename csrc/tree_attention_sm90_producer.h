@@ -21,6 +21,10 @@ struct Producer {
     Next next;
     const int32_t* table = nullptr;  // of this request
     Ring ring = {};
+    // Of the boxes that this thread copies: K (0) or V, which half of the dims, the barrier and the
+    // place in the first stage.
+    int lane, my_v, half, slot_in_tile, boxes;
+    uint32_t my_full, my_tile;
 
     __device__ __forceinline__ uint32_t full(int v) const { return barrier_of(barriers, v, ring); }
     __device__ __forceinline__ uint32_t free(int v) const { return full(v + 2); }
@@ -30,42 +34,64 @@ struct Producer {
         return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
     }
 
-    // Tiles [first, end). One warp for K and one for V, or one for each half of rows of 256
-    // bytes: every lane a box, [1 << box_shift] slots of 128 bytes, as a warp's boxes are copied
-    // one after another. Lane l looks up the page of the l-th of the next 32 boxes: `pages`.
+    __device__ __forceinline__ void find_table() {
+        if (p.block_table) table = p.block_table + w.batch * p.table_stride;
+        pin(table);
+    }
+
+    // What tiles that the cache holds are copied with: by one warp for K and one for V, or one for
+    // each half of rows of 256 bytes, every lane a box, [1 << box_shift] slots of 128 bytes, as a
+    // warp's boxes are copied one after another.
+    __device__ __forceinline__ void begin() {
+        find_table();
+        lane = thread % 32;
+        my_v = thread / 32 % 2;
+        half = thread / 64;
+        slot_in_tile = lane << p.box_shift;
+        boxes = kKeys >> p.box_shift;
+        my_full = barrier_of(barriers, my_v, {});
+        my_tile =
+            C::tile(tiles, my_v, {}) + half * kHalfBytes + slot_in_tile * min(C::kRowBytes, 128);
+        pin(slot_in_tile);
+        pin(boxes);
+        pin(my_full);
+        pin(my_tile);
+    }
+
+    // Tiles [first, end). Lane l looks up the page of the l-th of the next 32 boxes: `pages`.
     __device__ __forceinline__ void cached_tiles(const CUtensorMap& k_map, const CUtensorMap& v_map,
                                                  int first, int end, int& pages) {
         if (thread >= (C::kRowBytes > 128 ? 128 : 64)) {
             ring.advance(p.stages, end - first);
             return;
         }
-        const int v = thread / 32 % 2, half = thread / 64, lane = thread % 32;
-        const int boxes = kKeys >> p.box_shift;
-        int slot = first * kKeys + (lane << p.box_shift);
+        int slot = first * kKeys + slot_in_tile;
 #pragma unroll 1
         for (int tile = first; tile < end; ++tile) {
             int inside = slot, block = w.batch;
             if (table) {
                 const int at = (tile - w.lo) * boxes % 32;
                 if (at == 0 && slot < w.tail(p) * kKeys) pages = page(slot);
-                inside &= (1 << p.page_shift) - 1;
+                inside = in_page(slot);
                 block = __shfl_sync(~0u, pages, at + lane);
             }
             slot += kKeys;
-            barrier_wait(free(v), ring.phase ^ 1);
+            const uint32_t full = my_full + ring.stage * 8;
+            barrier_wait(full + kFree, ring.phase ^ 1);
             if (lane == 0 && half == 0) {
-                if constexpr (C::kFullArrivals > 1) barrier_arrive(full(v), C::kFullArrivals - 1);
-                barrier_expect(full(v), C::kTileBytes);
+                if constexpr (C::kFullArrivals > 1) barrier_arrive(full, C::kFullArrivals - 1);
+                barrier_expect(full, C::kTileBytes);
             }
             __syncwarp();
             if (lane < boxes) {
-                const uint32_t to =
-                    tile_of(v) + half * kHalfBytes + (lane << p.box_shift) * min(C::kRowBytes, 128);
-                copy_box(to, v ? v_map : k_map, half * 64, inside, w.head_kv, block, full(v));
+                copy_box(my_tile + ring.stage * 2 * C::kTileBytes, my_v ? v_map : k_map, half * 64,
+                         inside, w.head_kv, block, full);
             }
             // All blocks fill their rings at once: where matrix products bound, two tiles come
             // before the rest. Where memory does, it never idles.
-            if (C::kGroups == 2 && tile == w.lo + 1) barrier_wait(full(0), ring.phase);
+            if (C::kGroups == 2 && tile == w.lo + 1) {
+                barrier_wait(barrier_of(barriers, 0, ring), ring.phase);
+            }
             ring.advance<1>(p.stages.value);
         }
     }
@@ -110,24 +136,28 @@ struct Producer {
         const RowStrides& s = p.strides[v];
         int row = thread / kUnits;
         uint32_t to = unit_of(v, row);
-        const Cached* old = cache + place(s, table ? 0 : start + row, table ? 0 : w.batch);
+        const Cached* old = cache;
         const T* fresh = !C::kFp8 && p.new_rows[v] ? new_row(v, start + row) : nullptr;
         const int first_new = p.new_rows[v] ? w.length : w.keys;
 #pragma unroll 1
         for (int i = 0; i < kKeys / kPass; ++i) {
             const int slot = start + row;
-            const Cached* from = old;
-            if (table) from += block_of_row(row, blocks) * s.block + in_page(slot) * s.slot;
+            if (begins_page(i)) old = cache + place(s, in_page(slot), block_of_row(row, blocks));
             const bool is_new = slot >= first_new;  // of fp8, `append_fp8` rounds those
             const bool ok = slot < w.keys && !(C::kFp8 && is_new);
             const void* at = cache;
-            if (ok) at = !C::kFp8 && is_new ? static_cast<const void*>(fresh) : from;
+            if (ok) at = !C::kFp8 && is_new ? static_cast<const void*>(fresh) : old;
             copy_16_bytes(to, at, ok);
             row += kPass;
             to += kPassBytes;
-            if (!table) old += kPass * s.slot;
+            old += kPass * s.slot;
             if (!C::kFp8) fresh += kPass * p.new_strides[v].slot;
         }
+    }
+
+    // Whether the rows of the i-th pass begin a page, or all.
+    __device__ __forceinline__ bool begins_page(int i) const {
+        return i == 0 || (table && !(i * kPass & ((1 << p.page_shift) - 1)));
     }
 
     // Appends the nodes of a tile to the cache. Nobody reads their slots there in this launch.
@@ -135,19 +165,20 @@ struct Producer {
         const RowStrides& s = p.strides[v];
         int row = thread / kUnits;
         uint32_t from = unit_of(v, row);
-        T* to =
-            static_cast<T*>(p.cache[v]) + place(s, table ? 0 : start + row, table ? 0 : w.batch);
+        T* to = nullptr;
 #pragma unroll 1
         for (int i = 0; i < kKeys / kPass; ++i) {
             const int slot = start + row;
-            T* at = to;
-            if (table) at += block_of_row(row, blocks) * s.block + in_page(slot) * s.slot;
+            if (begins_page(i)) {
+                to = static_cast<T*>(p.cache[v]) +
+                     place(s, in_page(slot), block_of_row(row, blocks));
+            }
             if (slot >= w.length && slot < w.keys) {
-                *reinterpret_cast<uint4*>(at) = load_shared_4(from);
+                *reinterpret_cast<uint4*>(to) = load_shared_4(from);
             }
             row += kPass;
             from += kPassBytes;
-            if (!table) to += kPass * s.slot;
+            to += kPass * s.slot;
         }
     }
 
@@ -184,7 +215,6 @@ struct Producer {
     }
 
     __device__ __forceinline__ void row_block(const CUtensorMap& k_map, const CUtensorMap& v_map) {
-        if (p.block_table) table = p.block_table + w.batch * p.table_stride;
         int pages = 0;
         if (!C::kStay && w.tail(p) == w.hi) {
             cached_tiles(k_map, v_map, w.lo, w.hi, pages);
@@ -232,6 +262,7 @@ struct Producer {
     }
 
     __device__ __forceinline__ void run(const CUtensorMap& k_map, const CUtensorMap& v_map) {
+        w.set_tiles(p);
         row_block(k_map, v_map);
         if constexpr (C::kStay) {
             while (p.items) {
@@ -240,7 +271,9 @@ struct Producer {
                 const int item = next.take();
                 if (item >= p.items) break;
                 w.template set_rows<C>(p, item);
+                w.load_lengths(p);
                 w.set_tiles(p);
+                find_table();
                 row_block(k_map, v_map);
             }
         }
@@ -259,15 +292,24 @@ struct Converter {
     int thread;
     Next next;
     Ring ring = {}, converted = {};
+    int second;  // half of the dims that comes first
+    uint32_t first_from, first_to[2];
 
-    __device__ __forceinline__ void convert() const {
-        const int row = thread / kUnits, unit = thread % kUnits * 2;  // of the two that it becomes
-        const int second = unit / 8;  // first, so that no banks collide
-        const uint32_t from = C::tile(tiles, 1, ring) + thread * 16;
-        const uint32_t to = converted_tiles + converted.stage * C::kConvertedBytes +
-                            unit / 8 * kHalfBytes + row * 128;
-        const uint32_t at[2] = {to + ((unit + second ^ row) & 7) * 16,
-                                to + ((unit + 1 - second ^ row) & 7) * 16};
+    // Where this thread's units lie in the first stage, and where the two that one becomes go:
+    // first one of either half, so that no banks collide.
+    __device__ __forceinline__ void begin() {
+        const int row = thread / kUnits, unit = thread % kUnits * 2;
+        second = unit / 8;
+        first_from = tiles + C::kTileBytes + thread * 16;
+        const uint32_t to = converted_tiles + unit / 8 * kHalfBytes + row * 128;
+        first_to[0] = to + ((unit + second ^ row) & 7) * 16;
+        first_to[1] = to + ((unit + 1 - second ^ row) & 7) * 16;
+        pin(first_from);
+        pin(first_to[0]);
+        pin(first_to[1]);
+    }
+
+    __device__ __forceinline__ void convert(uint32_t from, const uint32_t (&to)[2]) const {
         uint4 x[kKeys / kPass];
 #pragma unroll
         for (int i = 0; i < kKeys / kPass; ++i) {
@@ -280,22 +322,29 @@ struct Converter {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const bool high = j != second;
-                store_shared(at[j] + i * kPass * 128,
-                             {high ? y[2].x : y[0].x, high ? y[2].y : y[0].y,
-                              high ? y[3].x : y[1].x, high ? y[3].y : y[1].y});
+                store_shared(to[j] + i * kPass * 128,
+                             uint4{high ? y[2].x : y[0].x, high ? y[2].y : y[0].y,
+                                   high ? y[3].x : y[1].x, high ? y[3].y : y[1].y});
             }
         }
     }
 
     __device__ __forceinline__ void run() {
+        w.set_tiles(p);
         for (;;) {
 #pragma unroll 1
             for (int left = w.count(); left > 0; --left) {
                 const uint32_t full = barrier_of(barriers, 1, ring);
                 const uint32_t into = converted_barriers + converted.stage * 8;
+                uint32_t from = first_from + ring.stage * 2 * C::kTileBytes;
+                const uint32_t further = converted.stage * C::kConvertedBytes;
+                uint32_t to[2] = {first_to[0] + further, first_to[1] + further};
+                pin(from);
+                pin(to[0]);
+                pin(to[1]);
                 barrier_wait(full, ring.phase);
                 barrier_wait(into + C::kConverted * 8, converted.phase ^ 1);
-                convert();
+                convert(from, to);
                 barrier_arrive(full + kFree);
                 fence_for_wgmma();
                 __syncwarp();
@@ -307,6 +356,7 @@ struct Converter {
             const int item = next.take_and_free();
             if (item >= p.items) break;
             w.template set_rows<C>(p, item);
+            w.load_lengths(p);
             w.set_tiles(p);
         }
     }

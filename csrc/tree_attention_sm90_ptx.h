@@ -52,8 +52,16 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
 }
 
 // Arrives at it, and does not wait.
+template <int kId, int kThreads>
+__device__ __forceinline__ void arrive_threads() {
+    asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
 __device__ __forceinline__ void arrive_threads(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* p) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
 __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
@@ -85,6 +93,16 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y),
                  "r"(x.z), "r"(x.w)
                  : "memory");
+}
+
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+    const uint4 x = load_shared_4(address);
+    return {__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)};
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float4 x) {
+    store_shared(address, uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z),
+                                __float_as_uint(x.w)});
 }
 
 // Shared memory written by ordinary stores or cp.async before, read by wgmma after.
@@ -212,6 +230,13 @@ __device__ __forceinline__ void pin(float (&x)[32]) { asm volatile("" : MK_F32(x
 __device__ __forceinline__ void pin(float (&x)[64]) { asm volatile("" : MK_F64(x)::"memory"); }
 
 __device__ __forceinline__ void pin(int32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+__device__ __forceinline__ void pin(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+template <typename T>
+__device__ __forceinline__ void pin(T*& x) {
+    asm volatile("" : "+l"(x)::"memory");
+}
 
 __device__ __forceinline__ void pin(int64_t& x) { asm volatile("" : "+l"(x)::"memory"); }
 

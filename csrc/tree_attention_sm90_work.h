@@ -71,10 +71,15 @@ struct Config {
     static constexpr int kThreads = (kComputing + kProducers) * kGroupThreads;
     // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
     static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
+    // Whether a tile's softmax has the next one's scores under it as well. Where products bound,
+    // that is worth 10%; elsewhere the code that it takes is worth more (see attend_in_turn).
+    static constexpr bool kPipelined = kGroups == 2;
     // A thread's; at entry all have as many, and none grows beyond what another has given away.
     static constexpr int kEntryRegisters = 65536 / kBlocks / kThreads / 8 * 8;
-    static constexpr int kConsumerRegisters = kEntryRegisters == 128 ? 208 : 216;
-    static constexpr int kProducerRegisters = kEntryRegisters == 128 ? 48 : 72;
+    static constexpr int kConsumerRegisters = kBlocks == 2             ? 192
+                                              : kEntryRegisters == 128 ? 208
+                                                                       : 216;
+    static constexpr int kProducerRegisters = kBlocks == 2 ? 64 : kEntryRegisters == 128 ? 48 : 72;
     static_assert(kComputing * kConsumerRegisters + kProducers * kProducerRegisters <=
                   (kComputing + kProducers) * kEntryRegisters);
     static constexpr int kTerms = kFp8 ? 2 : 1;  // matrices that make up Q
@@ -118,7 +123,7 @@ struct Work {
     int length, nodes, keys;
     int whole, lo, hi;
 
-    // Which rows: begins to load their request's lengths, which `set_tiles` needs.
+    // Which rows.
     // item: of `p.items` row blocks; else there is a block for each split of each
     template <typename C>
     __device__ __forceinline__ void set_rows(const AttentionParams& p, int item) {
@@ -134,41 +139,50 @@ struct Work {
             split = blockIdx.y - head_kv * p.num_splits.value;
             first_row = blockIdx.x * C::kRows;
         }
-        nodes = p.num_nodes ? p.num_nodes[batch] : p.size;
+    }
+
+    // Has the L2 ask memory for them: where they were written before does not matter.
+    __device__ __forceinline__ void prefetch_lengths(const AttentionParams& p) const {
+        prefetch_l2(p.cache_seqlens + batch);
+        if (p.num_nodes) prefetch_l2(p.num_nodes + batch);
+    }
+
+    // Begins to load their request's lengths, which `set_tiles` needs.
+    __device__ __forceinline__ void load_lengths(const AttentionParams& p) {
+        nodes = 0;  // not p.size, which would make who comes next wait for the other
+        if (p.num_nodes) nodes = p.num_nodes[batch];
         length = p.cache_seqlens[batch];
+        pin(nodes);  // else this one is loaded where the other is there, and not zero
+        pin(length);
     }
 
     __device__ __forceinline__ void set_tiles(const AttentionParams& p) {
         // Clamped, so that no value reaches outside the cache.
+        if (!p.num_nodes) nodes = p.size;
         nodes = min(min(max(nodes, 0), p.size), p.capacity);
         length = nodes > 0 ? min(max(length, 0), p.capacity - nodes) : 0;
         keys = length + nodes;
-        const int tiles = (keys + kKeys - 1) / kKeys;
-        whole = length / kKeys;
+        const int tiles = tiles_of(keys + kKeys - 1);
+        whole = tiles_of(length);
         // The last split, whose tiles hold the nodes, has none too many.
         const int more = p.num_splits.value - 1;
         lo = (tiles * split + more) / p.num_splits;
         hi = (tiles * (split + 1) + more) / p.num_splits;
     }
 
+    // Whole ones. (A signed division would take three instructions.)
+    __device__ __forceinline__ static int tiles_of(int keys) { return unsigned(keys) / kKeys; }
+
     __device__ __forceinline__ int count() const { return hi - lo; }
 
     // The first tile of the tail; those before it are what the cache holds.
     __device__ __forceinline__ int tail(const AttentionParams& p) const {
-        return min(max(p.new_rows[0] ? whole : keys / kKeys, lo), hi);
+        return min(max(p.new_rows[0] ? whole : tiles_of(keys), lo), hi);
     }
     // The end of the tiles that come before the tail.
     template <typename C>
     __device__ __forceinline__ int head(const AttentionParams& p) const {
         return C::kTailThird ? min(tail(p), lo + 2) : tail(p);
-    }
-
-    // The i-th to come.
-    template <typename C>
-    __device__ __forceinline__ int tile(const AttentionParams& p, int i) const {
-        if constexpr (!C::kTailThird) return lo + i;
-        const int first = tail(p), before = head<C>(p) - lo, behind = i - before - (hi - first);
-        return i < before ? lo + i : behind < 0 ? hi + behind : lo + before + behind;
     }
 
     // What K's (0) or V's numbers in an fp8 cache are to be multiplied with.

@@ -142,9 +142,9 @@ def choose(
         if fp8:
             begin, tile, tile_64 = (7.4, 0.81, 0.5) if groups == 2 else (6.5, 0.55, 0.45)
         elif groups == 2:
-            begin, tile, tile_64 = 6.5, 0.76, 0.5
+            begin, tile, tile_64 = 7.8, 0.76, 0.5
         else:
-            begin, tile, tile_64 = (5.95, 0.79, 0.5) if shared else (4.3, 0.6, 0.47)
+            begin, tile, tile_64 = (6.0, 0.85, 0.55) if shared else (4.8, 0.66, 0.5)
         if dim == 64:
             tile = tile_64
         # Where memory bounds.
@@ -152,7 +152,7 @@ def choose(
         waves = math.ceil(blocks / _resident(groups, num_sms, fp8))
         if waves > 1 and groups == 1:  # such blocks do not stay
             begin += 2
-        merge = 1.7 + 0.05 * splits if splits > 1 else 0
+        merge = 1.3 + 0.13 * splits if splits > 1 else 0
         return waves * (begin + max(tile, read) * tiles / splits) + merge
 
     choices = [groups] if groups else [1, 2] if rows > 64 else [1]

@@ -45,7 +45,7 @@ def hopper():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 8, 16])
+@pytest.mark.parametrize("num_splits", [None, 1, 2, 3, 5, 8, 13, 16])
 @pytest.mark.parametrize(
     "options",
     [
@@ -58,6 +58,16 @@ def hopper():
 def test_gpu_blocks_and_splits(hopper, options, num_splits, groups):
     """lengths [0, 64]: more splits than tiles, and tiles that hold nodes alone."""
     check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [31, 33, 64])
+@pytest.mark.parametrize("size", [1, 32])
+@pytest.mark.parametrize("head_dim, fp8", [(128, False), (64, False), (128, True), (64, True)])
+def test_gpu_most_splits(hopper, head_dim, fp8, size, num_splits):
+    """What fits the memory in which a block merges the most splits there are."""
+    options = {"lengths": [5000], "num_nodes": [size], "size": size, "heads_kv": 1, "head_dim": head_dim, "fp8": fp8}
+    check(Case(**{**BASE, **options}, device="cuda"), kernel(2 if size > 16 else 1, num_splits))
 
 
 @pytest.mark.gpu
