@@ -69,16 +69,21 @@ def test_no_kernel_spills():
     assert not spills, "\n".join(spills)
 
 
-@pytest.mark.skipif(not CUDA_BUILT, reason="built without nvcc")
-def test_parameters_are_loaded_before_the_wait():
-    """On Hopper, while the kernel before ends (csrc/early_launch.h): assemblers leave out loads that nothing uses."""
-    if "90" not in _ops.build_info()["cuda_archs"]:
-        pytest.skip("built without sm_90")
+@pytest.fixture(scope="module")
+def hopper_kernels() -> dict[str, str]:
+    """The machine code of each, by name."""
+    if not CUDA_BUILT or "90" not in _ops.build_info()["cuda_archs"]:
+        pytest.skip("built without nvcc or sm_90")
     triton = pytest.importorskip("triton")
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     text = run(cuobjdump, "-arch", "sm_90", "-sass", PACKAGE / "_ops_cuda.so").stdout
+    return dict(re.findall(r"Function : (\w+)\n(.*?)(?=Function :|$)", text, re.DOTALL))
+
+
+def test_parameters_are_loaded_before_the_wait(hopper_kernels):
+    """On Hopper, while the kernel before ends (csrc/early_launch.h): assemblers leave out loads that nothing uses."""
     seen = set()
-    for name, code in re.findall(r"Function : (\w+)\n(.*?)(?=Function :|$)", text, re.DOTALL):
+    for name, code in hopper_kernels.items():
         kernel = next((k for k in ("tree_attention_kernel", "accept_kernel", "compact_kernel") if k in name), None)
         if kernel is None:
             continue
@@ -87,6 +92,18 @@ def test_parameters_are_loaded_before_the_wait():
         assert re.search(r"LDC[.\w]* R\d+, c\[0x0\]\[R\d+", before), name
         seen.add(kernel)
     assert len(seen) == 3
+
+
+def test_attention_of_one_warpgroup_stays_cached(hopper_kernels):
+    """Short calls and plain decoding: a multiprocessor's 128 KB of instructions must have room for a decoder's matmuls
+    beside it, or it comes from memory in every layer (benchmarks/LOG.md, entry 44)."""
+    sizes = {
+        name: max(int(address, 16) for address in re.findall(r"/\*([0-9a-f]{4,6})\*/", code)) + 16
+        for name, code in hopper_kernels.items()
+        if re.search(r"tree_attention_kernel.*Li1ELb0E", name)  # one group of 64 rows, no fp8
+    }
+    assert len(sizes) == 4  # bfloat16 and fp16, head dims of 64 and 128
+    assert all(0 < size < 60 * 1024 for size in sizes.values()), sizes
 
 
 def test_build_info():
