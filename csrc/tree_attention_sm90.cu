@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             shrink_registers<C::kProducerRegisters>();
             producer.run(k_map, v_map);
         }
-        if (p.num_splits.value > 1) arrive_threads<3, C::kThreads>();  // as below
+        if (p.num_splits.value > 1) arrive_threads<3, C::kThreads>();
     } else {
         const int lane = threadIdx.x % 32;
         Consumer<C> consumer{
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                 consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
                                  stats + done.split * C::kRows);
             }
-            sync_threads<3, C::kThreads>();  // all of the block: the tiles' memory is free
+            sync_threads<3, C::kThreads>();
             bool waits = false;
             uint32_t* counter = split_arrivals + p.first_arrival + row_block;
             if (threadIdx.x == 0) waits = !arrive(counter, p.num_splits.value);

@@ -13,6 +13,9 @@
 namespace medusa_kernels::sm90 {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
+
+// Named barriers: 1 of the warpgroup that copies, 2 of those that compute, 3 of the block once its
+// tiles' memory is free, 5 and 6 of turns (Consumer::kTurn).
 constexpr float kLn2 = 0.6931471805599453f;
 
 // Blocks of a row block that have their part, or row blocks that blocks which stay have drawn; 0
@@ -71,8 +74,8 @@ struct Config {
     static constexpr int kThreads = (kComputing + kProducers) * kGroupThreads;
     // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
     static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
-    // Whether a tile's softmax has the next one's scores under it as well. Where products bound,
-    // that is worth 10%; elsewhere the code that it takes is worth more (see attend_in_turn).
+    // Whether a tile's softmax has the next one's scores under it as well. Where products bound
+    // that pays; elsewhere less code does (Consumer::attend_in_turn).
     static constexpr bool kPipelined = kGroups == 2;
     // A thread's; at entry all have as many, and none grows beyond what another has given away.
     static constexpr int kEntryRegisters = 65536 / kBlocks / kThreads / 8 * 8;
@@ -152,7 +155,8 @@ struct Work {
         nodes = 0;  // not p.size, which would make who comes next wait for the other
         if (p.num_nodes) nodes = p.num_nodes[batch];
         length = p.cache_seqlens[batch];
-        pin(nodes);  // else this one is loaded where the other is there, and not zero
+        // Else the length would be asked for once the number of nodes is there, and is not 0.
+        pin(nodes);
         pin(length);
     }
 
