@@ -95,7 +95,7 @@ def prepare(
         return None
     max_blocks = block_table.shape[1] if paged else 0
     capacity = block_size * (max_blocks or 1)
-    if heads_kv * MAX_SPLITS > 65535 or batch > 65535 or max(k_cache.stride(1), v_cache.stride(1)) >= 2**31:
+    if heads_kv * MAX_SPLITS > 65535 or batch > 65535:
         return None
     chosen = choose(rows, batch * heads_kv, capacity, num_sms, dim, fp8, groups)
     groups, num_splits = chosen[0], chosen[1] if num_splits is None else num_splits
