@@ -165,22 +165,33 @@ def medusa_table() -> str:
 
 def step_table() -> str:
     """Whole steps, from `step.py`: a tree's against the best plain one."""
+    from step import MODELS
+
     data = json.loads((RESULTS / f"{CARD}_step.json").read_text())
     parts = ("matmuls", "attention", "rest", "acceptance", "compaction")
-    head = ["model", "B", "L", "nodes", "plain µs", "tree µs", "overhead", *(f"{part} %" for part in parts), "speed-up"]
+    attention = {
+        (step["model"], step["batch"], step["length"], step["nodes"]):
+            f"{step['parts_us']['attention'] / MODELS[step['model']].layers:.1f}"
+        for step in data["steps"]
+    }  # fmt: skip
+    head = ["model", "B", "L", "nodes", "plain µs", "tree µs", "overhead", *(f"{part} %" for part in parts)]
+    head += ["attention µs a layer", "speed-up"]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for row in data["overheads"]:
         shares = " | ".join(f"{row['parts_percent'][part]:+.1f}" for part in parts)
+        where = row["model"], row["batch"], row["length"]
         lines.append(
             f"| {row['model']}{older(row, data)} | {row['batch']} | {row['length']} | {row['nodes']} | "
-            f"{row['plain_us']:.0f} | {row['us']:.0f} | {row['overhead']:.3f} | {shares} | {row['speed_up']:.2f}x |"
+            f"{row['plain_us']:.0f} | {row['us']:.0f} | {row['overhead']:.3f} | {shares} | "
+            f"{attention[(*where, 1)]}, {attention[(*where, row['nodes'])]} | {row['speed_up']:.2f}x |"
         )
     card = data["card"]
     about = (
         f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}; random weights, bf16, each "
         "step in a CUDA graph. Plain decoding is the fastest of 8 ways: with 1 or 16 rows, our attention or SDPA, our "
         "sampler or PyTorch's argmax. Overhead: a tree's step by a plain one, and what of it is whose, in percent of a "
-        "plain step. Speed-up: by the accuracies of published heads for Vicuna-7B"
+        "plain step. Attention: of a layer, what it makes a plain step and a tree's longer. Speed-up: by the "
+        "accuracies of published heads for Vicuna-7B"
     )
     return "\n".join([f"**step**: {about}.", "", *lines])
 
