@@ -408,8 +408,8 @@ struct Consumer {
     }
 
     // Of one tile after another: its softmax under the last one's product with V; then its own and
-    // the next one's scores are begun. One loop for all, in a third of the instructions that
-    // `attend_pipelined` takes: between a decoder's matmuls they are no longer in the
+    // the next one's scores are begun. One loop for all, in a fifth of the instructions that
+    // `attend_pipelined` has: between a decoder's matmuls they are no longer in the
     // multiprocessor's cache, and come from memory more slowly than they are executed.
     __device__ __forceinline__ void attend_in_turn() {
         release_k();
