@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     pin(barriers);
     touch_parameters<sizeof(p)>(&p);
     init_barriers<C>(barriers, p.stages.value);
-    if (threadIdx.x == 6 * 32) {
+    if (threadIdx.x == 6 * 32) {  // of a warp that has no barriers to begin with
         prefetch_map(k_map);
         prefetch_map(v_map);
     }
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             shrink_registers<C::kProducerRegisters>();
             producer.run(k_map, v_map);
         }
-        if (p.num_splits.value > 1) arrive_threads<3, C::kThreads>();
+        if (p.num_splits.value > 1) arrive_threads<kBlockBarrier, C::kThreads>();
     } else {
         const int lane = threadIdx.x % 32;
         Consumer<C> consumer{
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                 consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
                                  stats + done.split * C::kRows);
             }
-            sync_threads<3, C::kThreads>();
+            sync_threads<kBlockBarrier, C::kThreads>();
             bool waits = false;
             uint32_t* counter = split_arrivals + p.first_arrival + row_block;
             if (threadIdx.x == 0) waits = !arrive(counter, p.num_splits.value);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             merge.begin();
             while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
             }
-            sync_threads<2, kConsumers>();
+            sync_threads<kComputeBarrier, kConsumers>();
             merge.run();
         }
     }

@@ -13,10 +13,6 @@ struct Consumer {
     using Operand = typename C::Operand;
     static constexpr int kDim = C::kDim;
     static constexpr int kOut = kDim / 2 / C::kStep;  // results that a thread is left with
-    // Barriers of two warpgroups that take turns to begin matrix products (FlashAttention-3's
-    // ping-pong): left alone they fall into step, both in their softmax at once, which costs up to
-    // 20%.
-    static constexpr int kTurn = 5;
 
     const AttentionParams& p;
     Work w;
@@ -304,10 +300,10 @@ struct Consumer {
     template <int kNow, bool kFirst, bool kMask>
     __device__ __forceinline__ void step(int tile) {
         const bool k_full = is_full(0, k_ring);
-        sync_threads(kTurn + group, 2 * kGroupThreads);
+        sync_threads(kTurnBarriers + group, 2 * kGroupThreads);
         begin_scores<1 - kNow>(!k_full);
         if constexpr (!kFirst) begin_out(true);
-        arrive_threads(kTurn + 1 - group, 2 * kGroupThreads);
+        arrive_threads(kTurnBarriers + 1 - group, 2 * kGroupThreads);
         Ring v_next = v_ring;
         if constexpr (!kFirst) advance_v(v_next);
         const bool v_full = is_full(1, v_next);
@@ -508,7 +504,7 @@ struct Consumer {
             }
         };
         clear_unless_any();
-        sync_threads<2, 2 * kGroupThreads>();  // the tiles' memory is free
+        sync_threads<kComputeBarrier, 2 * kGroupThreads>();  // the tiles' memory is free
         const float mine[2] = {reference(0), reference(1)};
         store_shared(place(group, kGiven), float4{mine[0], mine[1], sum[0], sum[1]});
         if (group == 0) {
@@ -518,7 +514,7 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < kOut; ++i) out[i] = out[kOut + i];
         }
-        sync_threads<2, 2 * kGroupThreads>();
+        sync_threads<kComputeBarrier, 2 * kGroupThreads>();
         const float4 other = load_shared_float4(place(1 - group, kGiven));
         const float its[2] = {other.x, other.y}, its_sum[2] = {other.z, other.w};
         float keep[2], add[2];
@@ -595,7 +591,7 @@ struct Consumer {
         if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
         if (C::kPipelined && group == 1)
-            arrive_threads(kTurn, 2 * kGroupThreads);  // the other's first
+            arrive_threads(kTurnBarriers, 2 * kGroupThreads);  // the other's first
         begin_scores<0>(w.count() > (C::kShares ? group : 0));
 #pragma unroll 1
         for (;;) {
@@ -606,7 +602,7 @@ struct Consumer {
             w = following;
         }
         if (C::kPipelined && group == 0)
-            sync_threads(kTurn, 2 * kGroupThreads);  // has none any more
+            sync_threads(kTurnBarriers, 2 * kGroupThreads);  // has none any more
         if constexpr (C::kStay) wgmma_wait<0>();
     }
 

@@ -170,25 +170,25 @@ struct Merge {
 
     // Once all splits are there. One loop for both of its passes, so that `write` is there once.
     __device__ __forceinline__ void run() {
-        bool second = units == count;  // pass: there is but one where a part is one unit
-        const bool only = second;
-        int part = warp;  // or unit
+        const bool one_pass = units == count;  // each part is one unit
+        bool writes = one_pass;                // else the first pass leaves what it comes to
+        int part = warp;                       // or unit, in a first pass
 #pragma unroll 1
         for (;;) {
-            if (part >= (second ? count : units)) {
-                if (second) break;
-                sync_threads<2, kWarps * 32>();
-                second = true;
+            if (part >= (writes ? count : units)) {
+                if (writes) break;
+                sync_threads<kComputeBarrier, kWarps * 32>();
+                writes = true;
                 part = warp;
                 continue;
             }
             Rows rows;
-            if (second && !only) {
+            if (writes && !one_pass) {
                 rows = merge_units(part);
             } else {
                 rows = merge_splits(part);
             }
-            if (!second) {
+            if (!writes) {
                 leave(rows, part);
             } else {
                 if (part != warp) find_place(part);

@@ -221,7 +221,8 @@ struct Producer {
             return;
         }
         cached_tiles(k_map, v_map, w.lo, w.template head<C>(p), pages);
-        sync_threads<1, kGroupThreads>();  // a parity says nothing of a phase further ahead
+        sync_threads<kCopyBarrier,
+                     kGroupThreads>();  // a parity says nothing of a phase further ahead
         // What the copies below are computed from is not to take registers above.
         pin(w.batch);
         pin(w.head_kv);
@@ -244,7 +245,7 @@ struct Producer {
                 for (int v = 0; v < 2; ++v) append_fp8(v, tile * kKeys);
             }
             fence_for_wgmma();
-            if constexpr (C::kFullArrivals == 1) sync_threads<1, kGroupThreads>();
+            if constexpr (C::kFullArrivals == 1) sync_threads<kCopyBarrier, kGroupThreads>();
             if (C::kFullArrivals > 1 || thread == 0) {
                 barrier_arrive(full(0));
                 barrier_arrive(full(1));
@@ -252,7 +253,7 @@ struct Producer {
             if (!C::kFp8 && p.new_rows[0] && w.first_row == 0) {
 #pragma unroll 1
                 for (int v = 0; v < 2; ++v) append(v, tile * kKeys, blocks);
-                sync_threads<1, kGroupThreads>();  // who has read it may fill it again
+                sync_threads<kCopyBarrier, kGroupThreads>();  // who has read it may fill it again
             }
             ring.advance<1>(p.stages.value);
         }
@@ -300,7 +301,7 @@ struct Converter {
     __device__ __forceinline__ void begin() {
         const int row = thread / kUnits, unit = thread % kUnits * 2;
         second = unit / 8;
-        first_from = tiles + C::kTileBytes + thread * 16;
+        first_from = C::tile(tiles, 1, {}) + thread * 16;
         const uint32_t to = converted_tiles + unit / 8 * kHalfBytes + row * 128;
         first_to[0] = to + ((unit + second ^ row) & 7) * 16;
         first_to[1] = to + ((unit + 1 - second ^ row) & 7) * 16;

@@ -13,10 +13,13 @@
 namespace medusa_kernels::sm90 {
 
 constexpr int kGroupThreads = 128;  // of a warpgroup
-
-// Named barriers: 1 of the warpgroup that copies, 2 of those that compute, 3 of the block once its
-// tiles' memory is free, 5 and 6 of turns (Consumer::kTurn).
 constexpr float kLn2 = 0.6931471805599453f;
+
+// Named barriers: of the warpgroup that copies, of those that compute, and of the block, once its
+// tiles' memory is free. Two, by warpgroup, of those that compute and take turns to begin matrix
+// products (FlashAttention-3's ping-pong): left alone they fall into step, both in their softmax at
+// once, which costs up to 20%.
+constexpr int kCopyBarrier = 1, kComputeBarrier = 2, kBlockBarrier = 3, kTurnBarriers = 5;
 
 // Blocks of a row block that have their part, or row blocks that blocks which stay have drawn; 0
 // between launches.
@@ -64,7 +67,10 @@ struct Config {
     static constexpr int kRows = 64 * kGroups;
     // Where the ring is short the tail comes third, as it takes longest to copy; else last.
     static constexpr bool kTailThird = kGroups == 1 && !kFp8;
-    static constexpr bool kStay = kGroups == 2;  // more would not fit a small block's registers
+    // Whether a tile's softmax has the next one's scores under it as well. Where products bound
+    // that pays; elsewhere less code does (Consumer::attend_in_turn).
+    static constexpr bool kPipelined = kGroups == 2;
+    static constexpr bool kStay = kPipelined;  // more would not fit a small block's registers
     // Warpgroups that compute. Two that share 64 rows take tiles in turn: one alone would be slower
     // than half of the bytes.
     static constexpr int kComputing = kFp8 ? 2 : kGroups;
@@ -74,9 +80,6 @@ struct Config {
     static constexpr int kThreads = (kComputing + kProducers) * kGroupThreads;
     // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
     static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
-    // Whether a tile's softmax has the next one's scores under it as well. Where products bound
-    // that pays; elsewhere less code does (Consumer::attend_in_turn).
-    static constexpr bool kPipelined = kGroups == 2;
     // A thread's; at entry all have as many, and none grows beyond what another has given away.
     static constexpr int kEntryRegisters = 65536 / kBlocks / kThreads / 8 * 8;
     static constexpr int kConsumerRegisters = kBlocks == 2             ? 192
