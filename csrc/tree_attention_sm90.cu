@@ -142,21 +142,21 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
         if (p.num_splits.value > 1) {
             const Work& done = consumer.w;
+            const bool merges = done.merges(p);
             constexpr int kConsumers = C::kComputing * kGroupThreads;
-            const int64_t row_block =
-                (int64_t(done.batch) * p.heads_kv + done.head_kv) * gridDim.x + blockIdx.x;
-            const int64_t rows =
-                row_block * p.num_splits.value * C::kRows;  // before this row block's
+            const int64_t rows =  // before this row block's
+                int64_t(blockIdx.x) * p.num_splits.value * C::kRows;
             float4* partial = p.partial + rows * (C::kDim / 4);
             float2* stats = p.stats + rows;
-            if (consumer.row(0) / 16 * 16 < num_rows<C>(p, done)) {  // this warp has rows
+            if (merges && consumer.row(0) / 16 * 16 < num_rows<C>(p, done)) {  // this warp has rows
                 consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
                                  stats + done.split * C::kRows);
             }
             sync_threads<kBlockBarrier, C::kThreads>();
+            if (!merges) return;
             bool waits = false;
-            uint32_t* counter = split_arrivals + p.first_arrival + row_block;
-            if (threadIdx.x == 0) waits = !arrive(counter, p.num_splits.value);
+            uint32_t* counter = split_arrivals + p.first_arrival + blockIdx.x;
+            if (threadIdx.x == 0) waits = !arrive(counter, done.splits(p).value);
             Merge<C> merge{p, done, partial, stats, tiles, int(threadIdx.x) / 32, lane};
             merge.begin();
             while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
@@ -209,9 +209,7 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
     const bool stay = C::kStay && plan.num_splits == 1 && blocks > plan.resident;
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(static_cast<unsigned>(plan.row_blocks),
-                          static_cast<unsigned>(plan.heads_kv * plan.num_splits),
-                          static_cast<unsigned>(plan.batch));
+    config.gridDim = dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(plan.num_splits));
     if (stay) {
         config.gridDim = dim3(static_cast<unsigned>(plan.resident));
         p.items = static_cast<int32_t>(blocks);

@@ -19,6 +19,10 @@ struct RowStrides {
     int64_t block, slot, head;
 };
 
+// Splits are by a request's length: levels, longest first, the first for any length, others for up
+// to so many tiles.
+constexpr int kLevels = 3;
+
 // All of a call but its addresses. `_Plan` in medusa_kernels/_sm90.py has the same fields, and has
 // checked that the kernel can serve them.
 struct AttentionPlan {
@@ -31,7 +35,8 @@ struct AttentionPlan {
     int64_t words;                               // of a row's mask
     int64_t groups;                              // of 64 rows in a row block
     int64_t row_blocks;                          // of a KV head
-    int64_t num_splits;
+    int64_t num_splits;                          // of a row block, the most of all levels
+    int64_t level_tiles[kLevels], level_splits[kLevels];
     int64_t stages;    // of the ring of tiles
     int64_t resident;  // blocks that the device holds at once
     RowStrides q, k_cache, v_cache, k, v, out;
@@ -95,12 +100,15 @@ struct AttentionParams {
     int64_t mask_stride, table_stride;  // of a request
     int64_t scale_stride;               // of a KV head
     int32_t size;                       // T
-    int32_t heads_kv, words;
+    int32_t words;
     int32_t capacity;  // slots of a request
     int32_t num_blocks, page_shift;
     int32_t box_shift;  // log2 of the slots that the TMA copies at once
-    Divisor group;      // query heads of a KV head
-    Divisor num_splits;
+    Divisor heads_kv;
+    Divisor group;       // query heads of a KV head
+    Divisor num_splits;  // of a row block, the most of all levels
+    int32_t level_tiles[kLevels];
+    Divisor level_splits[kLevels];
     Divisor stages;         // of the ring of tiles
     Divisor row_blocks;     // of a KV head
     int32_t first_arrival;  // of this launch's counters in `split_arrivals`
@@ -134,12 +142,16 @@ inline AttentionParams attention_params(const AttentionPlan& plan, const uint64_
     p.table_stride = plan.table_stride;
     p.scale_stride = plan.scale_stride;
     p.size = static_cast<int32_t>(plan.size);
-    p.heads_kv = static_cast<int32_t>(plan.heads_kv);
+    p.heads_kv = divisor(plan.heads_kv);
     p.group = divisor(plan.group);
     p.words = static_cast<int32_t>(plan.words);
     p.num_blocks = static_cast<int32_t>(plan.num_blocks);
     p.capacity = static_cast<int32_t>(plan.block_size);
     p.num_splits = divisor(plan.num_splits);
+    for (int i = 0; i < kLevels; ++i) {
+        p.level_tiles[i] = static_cast<int32_t>(plan.level_tiles[i]);
+        p.level_splits[i] = divisor(plan.level_splits[i]);
+    }
     p.stages = divisor(plan.stages);
     p.row_blocks = divisor(plan.row_blocks);
     p.box_shift = 6;

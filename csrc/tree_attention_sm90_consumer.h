@@ -590,13 +590,14 @@ struct Consumer {
         load_q();  // before the lengths are there
         if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
+        if (w.idle(p)) return;
         if (C::kPipelined && group == 1)
             arrive_threads(kTurnBarriers, 2 * kGroupThreads);  // the other's first
         begin_scores<0>(w.count() > (C::kShares ? group : 0));
 #pragma unroll 1
         for (;;) {
             attend();
-            if (p.num_splits.value > 1) break;
+            if (w.merges(p)) break;
             write(w);
             if (!goes_on) break;
             w = following;

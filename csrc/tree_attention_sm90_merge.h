@@ -9,14 +9,14 @@ constexpr int kMostSplits = 64;
 
 // What a block does once all splits of its row block are in memory: it merges its share of them, in
 // the order of the splits, and writes it. The share is parts of 16 rows and a quarter of the dims.
-// A warp takes four splits of a part at a time: a unit, which is 16 loads of a thread. Where there
-// are more splits, what the units of a part come to meets in shared memory.
+// A warp takes four splits of a part at a time, of D 64 eight: a unit, which is 16 loads of a
+// thread. Where there are more splits, what the units of a part come to meets in shared memory.
 template <typename C>
 struct Merge {
     using T = typename C::T;
     static constexpr int kColumns = C::kDim / 32;          // of 8 dims, of a part
     static constexpr int kSplit = C::kRows * C::kDim / 4;  // of one split's results
-    static constexpr int kSplits = 4;                      // of a unit
+    static constexpr int kSplits = 512 / C::kDim;          // of a unit
     static constexpr int kWarps = C::kComputing * 4;
     static constexpr int kUnitBytes = (kColumns + 1) * 32 * 16;
     // Of a block, where parts are more than one: two of 8 where 29 splits share 128 rows, one
@@ -43,16 +43,18 @@ struct Merge {
     const float2* stats;    // [splits, rows]: reference and sum; nothing of either in the L1
     uint32_t shared;        // memory of kMostUnits
     int warp, lane;
+    Divisor splits;
     int first, count, units;  // parts; their units
     RowPlace place[2];        // of the part that is written next
     float v_scale;
 
     // What does not depend on the splits.
     __device__ __forceinline__ void begin() {
+        splits = w.splits(p);
         const int parts = (num_rows<C>(p, w) + 15) / 16 * 4;
-        first = parts * w.split / p.num_splits;
-        count = parts * (w.split + 1) / p.num_splits - first;
-        units = count * ((p.num_splits.value + kSplits - 1) / kSplits);
+        first = parts * w.split / splits;
+        count = parts * (w.split + 1) / splits - first;
+        units = count * ((splits.value + kSplits - 1) / kSplits);
         find_place(warp);
         v_scale = C::kFp8 ? w.cache_scale(p, 1) : 1.0f;
     }
@@ -82,7 +84,7 @@ struct Merge {
 #pragma unroll
         for (int i = 0; i < kSplits; ++i) {
             its[0][i] = its[1][i] = {-INFINITY, 0.0f};
-            if (split + i < p.num_splits.value) {
+            if (split + i < splits.value) {
                 its[0][i] = __ldcg(stat + i * C::kRows);
                 its[1][i] = __ldcg(stat + i * C::kRows + 8);
 #pragma unroll

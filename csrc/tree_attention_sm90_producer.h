@@ -264,6 +264,7 @@ struct Producer {
 
     __device__ __forceinline__ void run(const CUtensorMap& k_map, const CUtensorMap& v_map) {
         w.set_tiles(p);
+        if (w.idle(p)) return;
         row_block(k_map, v_map);
         if constexpr (C::kStay) {
             while (p.items) {
@@ -332,6 +333,7 @@ struct Converter {
 
     __device__ __forceinline__ void run() {
         w.set_tiles(p);
+        if (w.idle(p)) return;
         for (;;) {
 #pragma unroll 1
             for (int left = w.count(); left > 0; --left) {

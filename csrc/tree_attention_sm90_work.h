@@ -129,22 +129,15 @@ struct Work {
     int length, nodes, keys;
     int whole, lo, hi;
 
-    // Which rows.
-    // item: of `p.items` row blocks; else there is a block for each split of each
+    // Which rows. The grid has the first splits of all row blocks first: where shorter requests
+    // have no others, blocks with work do not share a multiprocessor while others have none.
     template <typename C>
-    __device__ __forceinline__ void set_rows(const AttentionParams& p, int item) {
-        if (C::kStay && p.items) {
-            const int head = item / p.row_blocks;
-            batch = head / p.heads_kv;
-            head_kv = head - batch * p.heads_kv;
-            split = 0;
-            first_row = (item - head * p.row_blocks.value) * C::kRows;
-        } else {
-            batch = blockIdx.z;
-            head_kv = static_cast<int>(blockIdx.y) / p.num_splits;
-            split = blockIdx.y - head_kv * p.num_splits.value;
-            first_row = blockIdx.x * C::kRows;
-        }
+    __device__ __forceinline__ void set_rows(const AttentionParams& p, int row_block) {
+        const int head = row_block / p.row_blocks;
+        batch = head / p.heads_kv;
+        head_kv = head - batch * p.heads_kv.value;
+        first_row = (row_block - head * p.row_blocks.value) * C::kRows;
+        split = blockIdx.y;
     }
 
     // Has the L2 ask memory for them: where they were written before does not matter.
@@ -171,10 +164,31 @@ struct Work {
         keys = length + nodes;
         const int tiles = tiles_of(keys + kKeys - 1);
         whole = tiles_of(length);
+        const Divisor splits = this->splits(p);
         // The last split, whose tiles hold the nodes, has none too many.
-        const int more = p.num_splits.value - 1;
-        lo = (tiles * split + more) / p.num_splits;
-        hi = (tiles * (split + 1) + more) / p.num_splits;
+        const int more = splits.value - 1;
+        lo = (tiles * split + more) / splits;
+        hi = (tiles * (split + 1) + more) / splits;
+    }
+
+    // Of its row blocks, by the request's length.
+    __device__ __forceinline__ Divisor splits(const AttentionParams& p) const {
+        const int tiles = tiles_of(keys + kKeys - 1);
+        Divisor splits = p.level_splits[0];
+#pragma unroll
+        for (int i = 1; i < kLevels; ++i) {
+            if (tiles <= p.level_tiles[i]) splits = p.level_splits[i];
+        }
+        return splits;
+    }
+
+    // Whether this block has no part of its row block: the grid is for the longest request.
+    __device__ __forceinline__ bool idle(const AttentionParams& p) const {
+        return split >= splits(p).value;
+    }
+    // Whether it has one of several, which are to be merged.
+    __device__ __forceinline__ bool merges(const AttentionParams& p) const {
+        return splits(p).value > 1 && !idle(p);
     }
 
     // Whole ones. (A signed division would take three instructions.)
@@ -246,7 +260,7 @@ __device__ __forceinline__ RowPlace row_place(const AttentionParams& p, const Wo
     const int head = w.head_kv * p.group.value + of_head - node * p.group.value;
     return {node, node < p.size,
             w.batch * p.out_strides.block + node * p.out_strides.slot + head * p.out_strides.head,
-            (int64_t(w.batch) * p.heads_kv * p.group.value + head) * p.size + node};
+            (int64_t(w.batch) * p.heads_kv.value * p.group.value + head) * p.size + node};
 }
 
 }  // namespace medusa_kernels::sm90

@@ -14,6 +14,8 @@ from . import _ops
 KEYS = 64  # of a tile
 MAX_SPLITS = 64  # of a row block
 _STRIDES = ctypes.c_int64 * 3
+LEVELS = 3  # of a request's length, each with its splits
+_LEVELS = ctypes.c_int64 * LEVELS
 _ADDRESSES = struct.Struct("15Q")  # a third of the time of an array of ctypes
 
 
@@ -23,8 +25,9 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
             "bytes", "device", "half", "fp8", "batch", "size", "heads_kv", "group", "dim", "num_blocks", "block_size",
-            "max_blocks", "words", "groups", "row_blocks", "num_splits", "stages", "resident",
+            "max_blocks", "words", "groups", "row_blocks", "num_splits",
         )),
+        ("level_tiles", _LEVELS), ("level_splits", _LEVELS), ("stages", ctypes.c_int64), ("resident", ctypes.c_int64),
         *((name, _STRIDES) for name in ("q", "k_cache", "v_cache", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("mask_stride", "table_stride", "scale_stride")),
         ("scale", ctypes.c_double),
@@ -95,13 +98,15 @@ def prepare(
         return None
     max_blocks = block_table.shape[1] if paged else 0
     capacity = block_size * (max_blocks or 1)
-    if heads_kv * MAX_SPLITS > 65535 or batch > 65535:
-        return None
-    chosen = choose(rows, batch * heads_kv, capacity, num_sms, dim, fp8, groups)
-    groups, num_splits = chosen[0], chosen[1] if num_splits is None else num_splits
+    groups, levels = choose_levels(rows, batch * heads_kv, capacity, num_sms, dim, fp8, groups)
+    if num_splits is not None:
+        levels = [(0, num_splits)] * LEVELS
+    level_tiles, level_splits = zip(*levels)
+    num_splits = max(level_splits)
     row_blocks = math.ceil(rows / (64 * groups))
     blocks = batch * heads_kv * row_blocks
-    if max(capacity * MAX_SPLITS, (rows + 128) * heads, blocks * row_blocks) >= 2**32:  # what `Divisor` divides
+    divided = capacity * MAX_SPLITS, (rows + 128) * heads, blocks * row_blocks, batch * heads_kv**2
+    if max(divided) >= 2**32:  # beyond what `Divisor` divides
         return None
     resident = _resident(groups, num_sms, fp8)
     if not 1 <= num_splits <= MAX_SPLITS or (num_splits > 1 and blocks * num_splits > resident):
@@ -110,13 +115,31 @@ def prepare(
         stages = (6 if groups == 2 else 5 if fp8 else 3) * (128 // dim)
     plan = _Plan(
         ctypes.sizeof(_Plan), q.get_device(), q.dtype == torch.float16, fp8, batch, size, heads_kv, heads // heads_kv,
-        dim, num_blocks, block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits, stages,
-        resident, *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
+        dim, num_blocks, block_size, max_blocks, packed_mask.shape[-1], groups, row_blocks, num_splits,
+        _LEVELS(*level_tiles), _LEVELS(*level_splits), stages, resident,
+        *(_STRIDES(*_strides(x)) for x in (q, k_cache, v_cache, k, v, out)),
         packed_mask.stride(0) if packed_mask.dim() == 3 and packed_mask.shape[0] > 1 else 0,
         block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
         softmax_scale * math.log2(math.e),
     )  # fmt: skip
     return Launch(plan)
+
+
+@cache
+def choose_levels(
+    rows: int, heads: int, capacity: int, num_sms: int, dim: int = 128, fp8: bool = False, groups: int | None = None
+) -> tuple[int, list[tuple[int, int]]]:
+    """`groups` for a request that fills half of its room, and `num_splits` by its length: levels (tiles that one
+    reaches to, splits), longest first, of which the first is for any length."""
+    groups = choose(rows, heads, math.ceil(capacity / 2), num_sms, dim, fp8, groups)[0]
+    tiles = math.ceil(capacity / KEYS)
+    levels = [(0, choose(rows, heads, capacity, num_sms, dim, fp8, groups)[1])]
+    while tiles > 1:
+        tiles = tiles * 3 // 4
+        splits = choose(rows, heads, tiles * KEYS, num_sms, dim, fp8, groups)[1]
+        if splits <= levels[-1][1] * 3 // 4:
+            levels.append((tiles, splits))
+    return groups, (levels + [levels[-1]] * LEVELS)[:LEVELS]
 
 
 def choose(

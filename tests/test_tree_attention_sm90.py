@@ -3,6 +3,8 @@
 import ctypes
 import math
 import re
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,25 @@ def hopper():
 def test_gpu_blocks_and_splits(hopper, options, num_splits, groups):
     """lengths [0, 64]: more splits than tiles, and tiles that hold nodes alone."""
     check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"size": 1, "group": 4}, {"fp8": True}, {"head_dim": 64, "block_size": 16}], ids=str
+)
+@pytest.mark.parametrize("append", [False, True])
+def test_gpu_splits_by_length(hopper, options, append):
+    """Requests of one batch on both sides of every level, and such as have nothing: blocks without a part."""
+    case = {**BASE, "heads_kv": 1, "size": 16, "append": append, **options}
+    size = case["size"]
+    rows, fp8 = size * case["group"], case.get("fp8", False)
+    levels = _sm90.choose_levels(rows, 12, 6003 + size, 132, case["head_dim"], fp8)[1]
+    assert len({splits for _, splits in levels}) > 1
+    lengths = [6000, *(tiles * 64 + more - size for tiles, _ in levels[1:] for more in (0, 1)), 1, 0, 0]
+    lengths = (lengths + [777] * 12)[:12]
+    num_nodes = [size] * 12
+    num_nodes[7] = 0
+    check(Case(**{**case, "lengths": lengths, "num_nodes": num_nodes}, device="cuda"), kernel(None, None))
 
 
 @pytest.mark.gpu
@@ -196,10 +217,13 @@ def test_plan_is_the_kernels_struct():
     """Field by field, in order: nothing else holds the two sides together."""
     text = (Path(__file__).parent.parent / "csrc" / "tree_attention_sm90_args.h").read_text()
     body = re.search(r"struct AttentionPlan \{(.*?)\};", text, re.DOTALL)[1]
+    levels = int(re.search(r"kLevels = (\d+);", text)[1])
     declared = []
-    for kind, names in re.findall(r"^\s*(\w+) ([\w, ]+);", body, re.MULTILINE):
+    for kind, names in re.findall(r"^\s*(\w+) ([\w, \[\]]+);", body, re.MULTILINE):
         size = {"int64_t": 8, "double": 8, "RowStrides": 24}[kind]
-        declared += [(name.strip(), size) for name in names.split(",")]
+        for name in names.split(","):
+            count = levels if "[kLevels]" in name else 1
+            declared.append((name.strip().removesuffix("[kLevels]"), count * size))
     assert declared == [(name, ctypes.sizeof(kind)) for name, kind in _sm90._Plan._fields_]
 
 
@@ -217,6 +241,19 @@ def test_choose():
     assert _sm90.choose(256, 8, 1088, 132) == (1, 4)
     assert _sm90.choose(256, 8, 1088, 132, groups=2)[0] == 2
     assert _sm90.choose(128, 1, 320, 132)[1] < _sm90.choose(128, 1, 8256, 132)[1]
+
+
+@pytest.mark.parametrize("rows, heads, capacity", [(256, 8, 8256), (4, 8, 32769), (64, 32, 300), (192, 3, 8256)])
+def test_splits_by_length(rows, heads, capacity):
+    """A request has the splits of a cache with room for no more than it; the levels are few, so not always quite."""
+    groups, levels = _sm90.choose_levels(rows, heads, capacity, 132)
+    choose = partial(_sm90.choose, rows, heads, num_sms=132, groups=groups)
+    assert len(levels) == _sm90.LEVELS and levels[0] == (0, choose(capacity=capacity)[1])
+    for (reach, splits), (shorter, fewer) in pairwise([(capacity // 64, levels[0][1]), *levels[1:]]):
+        assert (shorter, fewer) == (reach, splits) or (0 < shorter < reach and fewer < splits)
+        assert fewer == choose(capacity=shorter * 64)[1]
+    if capacity == 8256 and rows == 256:
+        assert [splits for reach, splits in levels if 17 <= (reach or 1000)][-1] == choose(capacity=1088)[1] == 4
 
 
 def prepare(case, **chosen):
