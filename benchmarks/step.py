@@ -8,6 +8,7 @@ Prints each step as it is measured, then overheads with their parts and the size
 
 import argparse
 import datetime
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -88,15 +89,33 @@ MODELS = {
 # ---- what is between the matmuls and attention; on a CPU in PyTorch ----
 
 
+@cache
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a launch: from Hopper on a kernel begins while the one before ends (programmatic dependent launch)."""
+    can = torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"EARLY": can, "launch_pdl": can}
+
+
+@triton.jit
+def wait_for_kernels_before(EARLY: tl.constexpr):
+    """Until then nothing may be written, and read only what the kernel before does not write. From then on the next
+    kernel may begin to wait."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @triton.jit
 def rms_norm_kernel(
     residual_ptr, x_ptr, weight_ptr, out_ptr,  # [rows, hidden], [hidden]
     hidden, eps,
-    HAS_X: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_X: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     """residual += x, in place; out = its RMS norm."""
     offs = tl.arange(0, BLOCK)
     mask = offs < hidden
+    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
+    wait_for_kernels_before(EARLY)
     at = tl.program_id(0).to(tl.int64) * hidden + offs
     residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
     if HAS_X:
@@ -104,7 +123,6 @@ def rms_norm_kernel(
         tl.store(residual_ptr + at, residual, mask=mask)
     residual = residual.to(tl.float32)
     scale = tl.rsqrt(tl.sum(residual * residual, 0) / hidden + eps)
-    weight = tl.load(weight_ptr + offs, mask=mask, other=0.0)
     tl.store(out_ptr + at, residual * scale * weight, mask=mask)
 
 
@@ -116,8 +134,9 @@ def rms_norm(residual: Tensor, x: Tensor | None, weight: Tensor) -> Tensor:
     out = torch.empty_like(residual)
     rows, hidden = residual.shape
     rms_norm_kernel[(rows,)](
-        residual, x, weight, out, hidden, EPS, HAS_X=x is not None, BLOCK=triton.next_power_of_2(hidden), num_warps=8
-    )
+        residual, x, weight, out, hidden, EPS, HAS_X=x is not None, BLOCK=triton.next_power_of_2(hidden), num_warps=8,
+        **early(residual.device),
+    )  # fmt: skip
     return out
 
 
@@ -127,16 +146,19 @@ def rotary_kernel(
     table_ptr,  # [positions, HEAD_DIM] fp32: cosines, then sines
     cache_seqlens_ptr, depths_ptr,
     nodes, stride,
-    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr = False,
 ):  # fmt: skip
     row = tl.program_id(0)
     position = tl.load(cache_seqlens_ptr + row // nodes) + tl.load(depths_ptr + row % nodes)
-    dim = tl.arange(0, HALF)
-    cos = tl.load(table_ptr + position * 2 * HALF + dim)[None, :]
-    sin = tl.load(table_ptr + position * 2 * HALF + HALF + dim)[None, :]
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
-    mask = (head < HEADS) & (dim[None, :] < HALF)
-    at = qkv_ptr + row.to(tl.int64) * stride + head * (2 * HALF) + dim[None, :]
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    dim = tl.arange(0, HALF)[None, :]
+    mask = head < HEADS
+    # Each head loads the table for itself, which spares an exchange through shared memory.
+    table_at = table_ptr + position * 2 * HALF + dim + 0 * head
+    cos = tl.load(table_at, mask=mask, other=0.0)
+    sin = tl.load(table_at + HALF, mask=mask, other=0.0)
+    wait_for_kernels_before(EARLY)
+    at = qkv_ptr + row.to(tl.int64) * stride + head * (2 * HALF) + dim
     low = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(at + HALF, mask=mask, other=0.0).to(tl.float32)
     tl.store(at, low * cos - high * sin, mask=mask)
@@ -152,14 +174,16 @@ def rotary(qkv: Tensor, heads: int, table: Tensor, cache_seqlens: Tensor, depths
         rotated = torch.stack([low * cos - high * sin, high * cos + low * sin], 2)
         qkv[:rows, : heads * head_dim] = rotated.flatten(1)
         return
-    rotary_kernel[(rows,)](
-        qkv, table, cache_seqlens, depths, len(depths), qkv.stride(0), HEADS=heads,
-        BLOCK_HEADS=triton.next_power_of_2(heads), HALF=head_dim // 2, num_warps=4,
+    block_heads = 1024 // head_dim  # 16 bytes of each half of a head a thread
+    rotary_kernel[(rows, triton.cdiv(heads, block_heads))](
+        qkv, table, cache_seqlens, depths, len(depths), qkv.stride(0), HEADS=heads, BLOCK_HEADS=block_heads,
+        HALF=head_dim // 2, num_warps=2, **early(qkv.device),
     )  # fmt: skip
 
 
 @triton.jit
-def silu_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr, EARLY: tl.constexpr = False):
+    wait_for_kernels_before(EARLY)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
@@ -173,7 +197,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     if gate_up.device.type == "cpu":
         return F.silu(gate_up[:, :size]) * gate_up[:, size:]
     out = gate_up.new_empty(rows, size)
-    silu_mul_kernel[(rows, triton.cdiv(size, 1024))](gate_up, out, size, BLOCK=1024, num_warps=4)
+    block = 512 if rows < 16 else 1024
+    grid = (rows, triton.cdiv(size, block))
+    silu_mul_kernel[grid](gate_up, out, size, BLOCK=block, num_warps=4, **early(gate_up.device))
     return out
 
 
@@ -202,15 +228,59 @@ def compiled_linear() -> Linear:
     return torch.compile(lambda x, weight: F.linear(x, weight), options=options, dynamic=False)
 
 
-def linears(rows: int, device: torch.device) -> dict[str, Linear]:
+@dataclass(frozen=True)
+class Quack:
+    """A linear by quack's GEMM (Dao-AILab/quack).
+
+    width:   rows of the weight that a block takes
+    cluster: blocks that get x by one multicast
+    tile_k:  of the inner dimension, at a time
+    """
+
+    width: int
+    cluster: int
+    tile_k: int = 64
+    pingpong: bool = False
+
+    def suits(self, out: int, sms: int) -> bool:
+        """Its blocks leave few multiprocessors without work."""
+        blocks = -(-out // self.width)
+        return blocks >= 0.85 * sms * -(-blocks // sms)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        from quack.gemm import gemm
+
+        out, rows = x.new_empty(len(x), len(weight)), 64 if len(x) <= 64 else 128
+        gemm(x, weight, out, None, None, rows, self.width, 1, self.cluster, tile_K=self.tile_k, pingpong=self.pingpong)
+        return out
+
+
+# The fastest of some 90 on an H200, of 64 rows and weights of 4096 to 128256.
+QUACKS = (
+    Quack(32, 1), Quack(48, 1), Quack(96, 1), Quack(112, 2, 128, pingpong=True), Quack(128, 2, 128, pingpong=True),
+    Quack(176, 1, 128), Quack(224, 2, 128),
+)  # fmt: skip
+
+
+def quack_linears(out: int, device: torch.device) -> dict[str, Linear]:
+    """By quack, where it is installed, with each config that suits a weight of so many rows."""
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major != 9 or importlib.util.find_spec("quack") is None:
+        return {}
+    return {f"quack: {quack}": quack for quack in QUACKS if quack.suits(out, properties.multi_processor_count)}
+
+
+def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
+    """What can multiply so many rows by a weight of `out`, by name; "library: config" where a library has several."""
     if device.type == "cpu":
         return {"F.linear": F.linear}
     found: dict[str, Linear] = {library: partial(blas_linear, library) for library in ("cublas", "cublaslt")}
-    return found | {"inductor": compiled_linear()} if rows <= 128 else found
+    return found | {"inductor": compiled_linear()} | quack_linears(out, device) if rows <= 128 else found
 
 
 def linears_us(candidates: dict[str, Linear], x: Tensor, weights: Sequence[Tensor], report) -> dict[str, float]:
-    """µs a call of each candidate that is right, in turns over the weights, so that they come from memory."""
+    """µs a call of each candidate that is right, in turns over the weights, so that they come from memory, and each
+    after an RMS norm of its input, as what comes before it in a step is as small; that one's own time is taken off."""
     want, right = F.linear(x, weights[0]), {}
     for name, linear in candidates.items():
         try:
@@ -223,14 +293,15 @@ def linears_us(candidates: dict[str, Linear], x: Tensor, weights: Sequence[Tenso
             right[name] = linear
         else:
             report(f"matmul {list(weights[0].shape)} of {len(x)} rows: {name} left out, {what}")
-    weights = list(weights) * -(-8 // len(weights))
+    weights, ones = list(weights) * -(-8 // len(weights)), torch.ones_like(x[0])
 
     def over_weights(linear: Linear) -> None:
         for weight in weights:
-            linear(x, weight)
+            linear(rms_norm(x, None, ones), weight)
 
-    times = times_us([partial(over_weights, linear) for linear in right.values()], x.device, 15)
-    return {name: us / len(weights) for name, us in zip(right, times)}
+    chosen = [lambda x, weight: x, *right.values()]
+    norm, *times = times_us([partial(over_weights, linear) for linear in chosen], x.device, 15)
+    return {name: (us - norm) / len(weights) for name, us in zip(right, times)}
 
 
 # ---- the model and its steps ----
@@ -266,11 +337,15 @@ class Model:
         for shape, same in weights.items():
             if (rows, shape) in self.chosen:
                 continue
-            candidates = linears(rows, self.head.device)
+            candidates = linears(rows, self.head.device, shape[0])
             times = linears_us(candidates, self.head.new_empty(rows, shape[1]).normal_(), same, self.report)
             best = min(times, key=times.__getitem__)
             self.chosen[rows, shape] = candidates[best]
-            self.matmuls.append({"rows": rows, "shape": list(shape), "best": best, "candidates_us": times,
+            fastest: dict[str, float] = {}  # by library
+            for name, us in times.items():
+                library = name.partition(":")[0]
+                fastest[library] = min(us, fastest.get(library, us))
+            self.matmuls.append({"rows": rows, "shape": list(shape), "best": best, "candidates_us": fastest,
                                  "date": datetime.date.today().isoformat()})  # fmt: skip
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
