@@ -168,6 +168,42 @@ void launch(const AcceptParams& params, const Plan& x, cudaStream_t stream) {
     }
 }
 
+struct AcceptPlan {
+    AcceptParams params;
+    Plan x;
+    ScalarType type;
+};
+
+AcceptPlan accept_plan(const AcceptArgs& a, const Tensor& logits) {
+    AcceptPlan p{};
+    p.params.a = a;
+    p.type = logits.scalar_type();
+    if (a.batch == 0) return p;
+    p.x = plan(a, p.type == ScalarType::Float ? 4 : 2, logits.get_device_index());
+    p.params.blocks = p.x.clustered ? p.x.width : 1;
+    p.params.each = p.x.each;
+    p.params.ahead = p.x.ahead;
+    return p;
+}
+
+void launch(AcceptPlan& p, cudaStream_t stream) {
+    AcceptParams& params = p.params;
+    if (p.x.groups > 1) {
+        const int words = params.a.batch * params.a.size * p.x.width / params.blocks;
+        params.first_mail = mail_turns.claim(words, stream);
+    }
+    switch (p.type) {
+        case ScalarType::Half:
+            launch<__half>(params, p.x, stream);
+            break;
+        case ScalarType::BFloat16:
+            launch<__nv_bfloat16>(params, p.x, stream);
+            break;
+        default:
+            launch<float>(params, p.x, stream);
+    }
+}
+
 Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
                           std::optional<Tensor> num_nodes, int64_t max_depth,
                           std::vector<double> numbers, std::optional<std::vector<Tensor>> values,
@@ -175,41 +211,48 @@ Outputs accept_candidates(Tensor logits, Tensor tokens, Tensor parents,
                           std::optional<Tensor> eos_values, std::vector<int64_t> eos,
                           std::optional<Tensor> generator, std::optional<int64_t> seed,
                           bool share_storage) {
-    AcceptParams params{};
-    params.a = accept_args(logits, tokens, parents, num_nodes, max_depth, numbers, values,
-                           max_tokens_values, max_tokens, eos_values, eos, generator, seed);
-    const Outputs outputs = accept_outputs(params.a, logits, share_storage);
-    if (params.a.batch == 0) return outputs;
-    const int device = logits.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
+    AcceptArgs a = accept_args(logits, tokens, parents, num_nodes, max_depth, numbers, values,
+                               max_tokens_values, max_tokens, eos_values, eos, generator, seed);
+    const Outputs outputs = accept_outputs(a, logits, share_storage);
+    if (a.batch == 0) return outputs;
+    AcceptPlan p = accept_plan(a, logits);
+    const torch::stable::accelerator::DeviceGuard guard(p.x.device);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    const ScalarType type = logits.scalar_type();
-    const Plan x = plan(params.a, type == ScalarType::Float ? 4 : 2, device);
-    params.blocks = x.clustered ? x.width : 1;
-    params.each = x.each;
-    params.ahead = x.ahead;
-    if (x.groups > 1) {
-        const int words = params.a.batch * params.a.size * x.width / params.blocks;
-        params.first_mail = mail_turns.claim(words, static_cast<cudaStream_t>(stream));
-    }
-    switch (type) {
-        case ScalarType::Half:
-            launch<__half>(params, x, static_cast<cudaStream_t>(stream));
-            break;
-        case ScalarType::BFloat16:
-            launch<__nv_bfloat16>(params, x, static_cast<cudaStream_t>(stream));
-            break;
-        default:
-            launch<float>(params, x, static_cast<cudaStream_t>(stream));
-    }
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.x.device, &stream));
+    launch(p, static_cast<cudaStream_t>(stream));
     return outputs;
+}
+
+Tensor accept_candidates_plan(Tensor logits, Tensor tokens, Tensor parents,
+                              std::optional<Tensor> num_nodes, int64_t max_depth,
+                              std::vector<double> numbers,
+                              std::optional<std::vector<Tensor>> values,
+                              std::optional<Tensor> max_tokens_values, int64_t max_tokens,
+                              std::optional<Tensor> eos_values, std::vector<int64_t> eos,
+                              std::optional<Tensor> generator, std::optional<int64_t> seed) {
+    const AcceptArgs a =
+        accept_args(logits, tokens, parents, num_nodes, max_depth, numbers, values,
+                    max_tokens_values, max_tokens, eos_values, eos, generator, seed);
+    return plan_tensor(accept_plan(a, logits));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(medusa_kernels, CUDA, m) {
     m.impl("accept_candidates", TORCH_BOX(&accept_candidates));
+    m.impl("accept_candidates_plan", TORCH_BOX(&accept_candidates_plan));
 }
 
 }  // namespace medusa_kernels
+
+MK_MAKES_CALLS_AGAIN medusa_kernels_accept_candidates(const void* plan, const uint64_t* addresses,
+                                                      void* stream) {
+    using namespace medusa_kernels;
+    return error_of([&] {
+        const auto& planned = *static_cast<const AcceptPlan*>(plan);
+        if (planned.params.a.batch == 0) return;
+        AcceptPlan p = planned;
+        set_addresses(p.params.a, Addresses(addresses));
+        on_device(p.x.device, [&] { launch(p, static_cast<cudaStream_t>(stream)); });
+    });
+}

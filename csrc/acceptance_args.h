@@ -13,6 +13,7 @@
 
 #include "acceptance.h"
 #include "checks.h"
+#include "plans.h"
 
 namespace medusa_kernels {
 
@@ -195,6 +196,33 @@ inline AcceptArgs accept_args(const Tensor& logits, const Tensor& tokens, const 
     MK_CHECK_VALUE(a.has_seed || a.mode.values || a.mode.value != kSampling,
                    "seed: mode \"sampling\" needs one, got None");
     return a;
+}
+
+// Of a call made again, in the order in which medusa_kernels/acceptance.py has its tensors. Only
+// those options that each request has for itself have one.
+inline void set_addresses(AcceptArgs& a, Addresses next) {
+    next(a.logits);
+    next(a.tokens);
+    next(a.parents);
+    next(a.num_nodes);
+    next(a.max_tokens.values);
+    next(a.eos);
+    next(a.generator);
+    next(a.accept_length);
+    next(a.path);
+    next(a.last_node);
+    next(a.out_tokens);
+    next(a.next_token);
+    next(a.finished);
+    const auto option = [&](auto& x) {
+        if (x.values) next(x.values);
+    };
+    option(a.mode);
+    option(a.temperature);
+    option(a.threshold);
+    option(a.alpha);
+    option(a.top_k);
+    option(a.top_p);
 }
 
 }  // namespace medusa_kernels

@@ -6,6 +6,7 @@
 #include <ATen/dlpack.h>
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -14,14 +15,14 @@
 
 namespace {
 
-// As in csrc/tree_attention_sm90.cu: a kernel's launch by its plan; what went wrong, or null.
+// As in csrc/plans.h: a call by its plan; what went wrong, or null.
 using Launch = const char* (*)(const void* plan, const uint64_t* addresses, void* stream);
 
 struct Entry {
     PyObject* again;  // owned
     Launch launch;    // in its place, or null
     const void* plan;
-    int32_t device;
+    int32_t device;  // a GPU's, or -1
 };
 
 struct Calls {
@@ -38,31 +39,79 @@ void append(std::string& key, const T& x) {
     key.append(reinterpret_cast<const char*>(&x), sizeof x);
 }
 
-// Shape, strides, dtype, device and the address modulo 16. False: not to be told.
-bool append_tensor(const Calls& calls, PyObject* x, std::string& key, uint64_t& address) {
-    address = 0;
-    if (x == Py_None) {
-        key.push_back('-');
+// What tensors look like, those of a tuple or list among them too.
+class Looks {
+ public:
+    Looks(const Calls& calls, std::string& key, std::vector<uint64_t>& addresses)
+        : calls_(calls), key_(key), addresses_(addresses) {}
+
+    // Of a tensor, None, or a tuple or list of them. False: not to be told.
+    bool add(PyObject* x) {
+        if (PyTuple_Check(x)) return add_all(x, PyTuple_Size, PyTuple_GetItem);
+        if (PyList_Check(x)) return add_all(x, PyList_Size, PyList_GetItem);
+        return add_tensor(x);
+    }
+
+ private:
+    template <typename Size, typename Item>
+    bool add_all(PyObject* sequence, Size size, Item item) {
+        key_.push_back('(');
+        const Py_ssize_t count = size(sequence);
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            if (!add_tensor(item(sequence, i))) return false;
+        }
+        key_.push_back(')');
         return true;
     }
-    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-    if (type != calls.types[0] && type != calls.types[1]) return false;
-    DLTensor t;
-    if (calls.api->dltensor_from_py_object_no_sync(x, &t) != 0) {
-        PyErr_Clear();
-        return false;
+
+    // Shape, strides, dtype, device and the address modulo 16.
+    bool add_tensor(PyObject* x) {
+        if (x == Py_None) {
+            addresses_.push_back(0);
+            key_.push_back('-');
+            return true;
+        }
+        PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+        if (type != calls_.types[0] && type != calls_.types[1]) return false;
+        DLTensor t;
+        if (calls_.api->dltensor_from_py_object_no_sync(x, &t) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+        const uint64_t address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
+        // Caches of a model's layers look the same: a mark for all but the first keeps keys short.
+        if (last_.ndim > 0 && same(t, last_) && address % 16 == last_address_ % 16) {
+            key_.push_back('=');
+        } else {
+            key_.push_back(static_cast<char>(address % 16));
+            append(key_, t.dtype);
+            append(key_, t.device);
+            append(key_, t.ndim);
+            if (t.ndim > 0) {
+                key_.append(reinterpret_cast<const char*>(t.shape), t.ndim * sizeof(int64_t));
+                key_.append(reinterpret_cast<const char*>(t.strides), t.ndim * sizeof(int64_t));
+            }
+        }
+        addresses_.push_back(address);
+        last_ = t;
+        last_address_ = address;
+        return true;
     }
-    address = reinterpret_cast<uint64_t>(t.data) + t.byte_offset;
-    key.push_back(static_cast<char>(address % 16));
-    append(key, t.dtype);
-    append(key, t.device);
-    append(key, t.ndim);
-    if (t.ndim > 0) {
-        key.append(reinterpret_cast<const char*>(t.shape), t.ndim * sizeof(int64_t));
-        key.append(reinterpret_cast<const char*>(t.strides), t.ndim * sizeof(int64_t));
+
+    static bool same(const DLTensor& a, const DLTensor& b) {
+        return a.ndim == b.ndim && a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits &&
+               a.dtype.lanes == b.dtype.lanes && a.device.device_type == b.device.device_type &&
+               a.device.device_id == b.device.device_id &&
+               std::equal(a.shape, a.shape + a.ndim, b.shape) &&
+               std::equal(a.strides, a.strides + a.ndim, b.strides);
     }
-    return true;
-}
+
+    const Calls& calls_;
+    std::string& key_;
+    std::vector<uint64_t>& addresses_;
+    DLTensor last_{};  // the tensor before; its shape and strides are the tensor's own
+    uint64_t last_address_ = 0;
+};
 
 bool append_option(PyObject* x, std::string& key) {
     if (x == Py_None) {
@@ -94,10 +143,9 @@ bool signature(const Calls& calls, PyObject* tensors, PyObject* options, std::st
     addresses.clear();
     const Py_ssize_t count = PyTuple_Size(tensors), others = PyTuple_Size(options);
     if (count < 0 || others < 0) return false;
+    Looks looks(calls, key, addresses);
     for (Py_ssize_t i = 0; i < count; ++i) {
-        uint64_t address;
-        if (!append_tensor(calls, PyTuple_GetItem(tensors, i), key, address)) return false;
-        addresses.push_back(address);
+        if (!looks.add(PyTuple_GetItem(tensors, i))) return false;
     }
     key.push_back('|');
     for (Py_ssize_t i = 0; i < others; ++i) {
@@ -141,7 +189,10 @@ PyObject* calls_call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     if (!found) return none_unless_error();
     if (found->launch) {
         void* stream = nullptr;
-        if (calls.api->current_work_stream(kDLCUDA, found->device, &stream) != 0) return nullptr;
+        if (found->device >= 0 &&
+            calls.api->current_work_stream(kDLCUDA, found->device, &stream) != 0) {
+            return nullptr;
+        }
         if (const char* error = found->launch(found->plan, addresses.data(), stream)) {
             PyErr_SetString(PyExc_RuntimeError, error);
             return nullptr;

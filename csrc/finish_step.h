@@ -71,11 +71,13 @@ inline void finish_serially(const FinishArgs& a) {
     }
 }
 
-inline std::tuple<Tensor, Tensor> finish_args(
-    FinishArgs& a, const Tensor& accept_length, const Tensor& last_node, const Tensor& tokens,
-    const Tensor& next_token, const Tensor& finished, const Tensor& max_tokens, const Tensor& root,
-    const std::optional<Tensor>& eos_values, const std::vector<int64_t>& eos,
-    const std::optional<Tensor>& hidden, const std::optional<Tensor>& last_hidden) {
+inline FinishArgs finish_args(const Tensor& accept_length, const Tensor& last_node,
+                              const Tensor& tokens, const Tensor& next_token,
+                              const Tensor& finished, const Tensor& max_tokens, const Tensor& root,
+                              const std::optional<Tensor>& eos_values,
+                              const std::vector<int64_t>& eos, const std::optional<Tensor>& hidden,
+                              const std::optional<Tensor>& last_hidden) {
+    FinishArgs a{};
     MK_CHECK_VALUE(tokens.dim() == 2 && tokens.is_contiguous() && tokens.size(1) >= 1,
                    "tokens: expected a contiguous tensor of 2 dimensions");
     const int64_t batch = tokens.size(0), columns = tokens.size(1);
@@ -111,11 +113,38 @@ inline std::tuple<Tensor, Tensor> finish_args(
         a.hidden_stride_t = hidden->stride(1) * element;
         a.last_hidden_stride_b = last_hidden->stride(0) * element;
     }
-    Tensor report = new_tensor(tokens, ScalarType::Long, batch, columns + 1);
-    Tensor done = new_tensor(tokens, ScalarType::Bool, batch);
+    return a;
+}
+
+// report, done
+inline std::tuple<Tensor, Tensor> finish_outputs(FinishArgs& a, const Tensor& tokens) {
+    Tensor report = new_tensor(tokens, ScalarType::Long, a.batch, a.columns + 1);
+    Tensor done = new_tensor(tokens, ScalarType::Bool, a.batch);
     a.report = static_cast<int64_t*>(report.data_ptr());
     a.done = static_cast<bool*>(done.data_ptr());
     return {report, done};
+}
+
+// All of a call but its addresses.
+struct FinishPlan {
+    FinishArgs a;
+    int32_t device;
+};
+
+// Of a call made again, in the order in which medusa_kernels/verify.py has its tensors.
+inline void set_addresses(FinishArgs& a, Addresses next) {
+    next(a.accept_length);
+    next(a.last_node);
+    next(a.tokens);
+    next(a.next_token);
+    next(a.finished);
+    next(a.max_tokens);
+    next(a.root);
+    next(a.eos);
+    next(a.hidden);
+    next(a.last_hidden);
+    next(a.report);
+    next(a.done);
 }
 
 }  // namespace medusa_kernels

@@ -41,15 +41,7 @@ void launch(const CompactArgs& args, int begin, int end, cudaStream_t stream) {
                  dim3(kThreads + 32), stream, p);
 }
 
-void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Tensor accept_length,
-                      Tensor cache_seqlens, std::optional<Tensor> block_table) {
-    const CompactArgs args =
-        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table);
-    if (args.batch == 0) return;
-    const torch::stable::accelerator::DeviceGuard guard(path.get_device_index());
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(path.get_device_index(), &stream));
+void launch(const CompactArgs& args, cudaStream_t stream) {
     // One launch up to 1024 tensors of 8 layouts; parameters are copied with each launch, so a
     // smaller set where it does.
     const int count = static_cast<int>(args.caches.size());
@@ -61,18 +53,47 @@ void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Te
             std::min<int>(layout + kMaxLayouts, static_cast<int>(args.layouts.size()));
         const int end = std::min(begin + 1024, args.first_caches[last_layout]);
         if (end - begin <= 128) {
-            launch<128>(args, begin, end, static_cast<cudaStream_t>(stream));
+            launch<128>(args, begin, end, stream);
         } else {
-            launch<1024>(args, begin, end, static_cast<cudaStream_t>(stream));
+            launch<1024>(args, begin, end, stream);
         }
         begin = end;
     }
+}
+
+void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Tensor accept_length,
+                      Tensor cache_seqlens, std::optional<Tensor> block_table) {
+    const CompactArgs args =
+        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table);
+    if (args.batch == 0) return;
+    const torch::stable::accelerator::DeviceGuard guard(args.device);
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(args.device, &stream));
+    launch(args, static_cast<cudaStream_t>(stream));
+}
+
+Tensor compact_kv_cache_plan(std::vector<Tensor> kv, int64_t lead_dims, Tensor path,
+                             Tensor accept_length, Tensor cache_seqlens,
+                             std::optional<Tensor> block_table) {
+    return compact_plan(
+        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(medusa_kernels, CUDA, m) {
     m.impl("compact_kv_cache", TORCH_BOX(&compact_kv_cache));
+    m.impl("compact_kv_cache_plan", TORCH_BOX(&compact_kv_cache_plan));
 }
 
 }  // namespace medusa_kernels
+
+MK_MAKES_CALLS_AGAIN medusa_kernels_compact_kv_cache(const void* plan, const uint64_t* addresses,
+                                                     void* stream) {
+    using namespace medusa_kernels;
+    return error_of([&] {
+        const CompactArgs args = planned_args(static_cast<const char*>(plan), addresses);
+        if (args.batch == 0) return;
+        on_device(args.device, [&] { launch(args, static_cast<cudaStream_t>(stream)); });
+    });
+}

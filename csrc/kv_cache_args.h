@@ -10,22 +10,35 @@
 #include <cstring>
 #include <limits>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
 #include "kv_cache.h"
+#include "plans.h"
 
 namespace medusa_kernels {
 
-struct CompactArgs {
+struct CompactHead {
     int32_t batch, path_size;
     const int32_t* path;  // [batch, path_size]
     int64_t path_stride;
     const int32_t* accept_length;  // [batch]
     int32_t* cache_seqlens;        // [batch]
     KvSlots slots;
+    int32_t device;
+};
+
+// Where a cache lies: in which tensor of a call, from which byte on.
+struct CacheSource {
+    int64_t tensor, offset;
+};
+
+struct CompactArgs : CompactHead {
     std::vector<KvLayout> layouts;
-    std::vector<char*> caches;  // sorted by layout
+    std::vector<char*> caches;         // sorted by layout
+    std::vector<CacheSource> sources;  // of each
     std::vector<int32_t>
         first_caches;  // [layouts.size() + 1]: layout l has caches first_caches[l] .. [l + 1] - 1
 };
@@ -106,6 +119,13 @@ inline int compact_serially(const CompactArgs& args, const KvLayout& layout, cha
     return moves;
 }
 
+// The same cache twice would be moved by two blocks at once.
+inline void check_distinct(std::vector<char*> caches) {
+    std::sort(caches.begin(), caches.end());
+    MK_CHECK_VALUE(std::adjacent_find(caches.begin(), caches.end()) == caches.end(),
+                   "kv: holds the same tensor twice");
+}
+
 // kv: tensors [*lead, first, second, ...], where lead_dims leading dimensions count caches of their
 // own.
 inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, int64_t lead_dims,
@@ -129,6 +149,7 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
                    "], got [", cache_seqlens.size(0), "]");
 
     CompactArgs args{};
+    args.device = device;
     args.batch = static_cast<int32_t>(batch);
     args.path_size = static_cast<int32_t>(path_size);
     args.path = static_cast<const int32_t*>(path.data_ptr());
@@ -147,8 +168,10 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
 
     std::vector<int32_t> layout_of;  // of each cache
     std::vector<char*> caches;
+    std::vector<CacheSource> sources;
     layout_of.reserve(kv.size());
     caches.reserve(kv.size());
+    sources.reserve(kv.size());
     torch::headeronly::IntHeaderOnlyArrayRef all_sizes, all_strides;
     int64_t element = 0;
     char* last = nullptr;  // the cache before, if of the same sizes and strides
@@ -163,10 +186,14 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
         all_strides = x.strides();
         element = static_cast<int64_t>(x.element_size());
         char* data = static_cast<char*>(x.data_ptr());
+        const auto add = [&](char* cache) {
+            caches.push_back(last = cache);
+            sources.push_back({static_cast<int64_t>(t), cache - data});
+        };
         if (last && lead_dims == 0 && element == last_element && all_sizes == last_sizes &&
             all_strides == last_strides && same_alignment(data, last)) {
             layout_of.push_back(layout_of.back());
-            caches.push_back(last = data);
+            add(data);
             continue;
         }
         const int64_t dim = x.dim() - lead_dims;
@@ -208,7 +235,7 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
             for (int64_t j = 0; j < lead_size[1]; ++j) {
                 char* cache = data + i * lead_stride[0] + j * lead_stride[1];
                 const bool again = last && same_alignment(cache, last);
-                caches.push_back(last = cache);
+                add(cache);
                 if (again) {
                     layout_of.push_back(layout_of.back());
                     continue;
@@ -230,11 +257,72 @@ inline CompactArgs compact_args(const std::vector<torch::stable::Tensor>& kv, in
         args.first_caches[l + 1] += args.first_caches[l];
     std::vector<int32_t> next(args.first_caches.begin(), args.first_caches.end());
     args.caches.resize(caches.size());
-    for (size_t c = 0; c < caches.size(); ++c) args.caches[next[layout_of[c]]++] = caches[c];
-    // The same cache twice would be moved by two blocks at once.
-    std::sort(caches.begin(), caches.end());
-    MK_CHECK_VALUE(std::adjacent_find(caches.begin(), caches.end()) == caches.end(),
-                   "kv: holds the same tensor twice");
+    args.sources.resize(caches.size());
+    for (size_t c = 0; c < caches.size(); ++c) {
+        const int32_t at = next[layout_of[c]]++;
+        args.caches[at] = caches[c];
+        args.sources[at] = sources[c];
+    }
+    check_distinct(std::move(caches));
+    return args;
+}
+
+// ---- plans: a head, then the vectors but for `caches`, each after its size ----
+
+template <typename T>
+void put(std::string& bytes, const T* x, size_t count = 1) {
+    bytes.append(reinterpret_cast<const char*>(x), count * sizeof(T));
+}
+
+template <typename T>
+void put(std::string& bytes, const std::vector<T>& all) {
+    const size_t count = all.size();
+    put(bytes, &count);
+    put(bytes, all.data(), count);
+}
+
+template <typename T>
+void take(const char*& bytes, T* x, size_t count = 1) {
+    std::memcpy(x, bytes, count * sizeof(T));
+    bytes += count * sizeof(T);
+}
+
+template <typename T>
+void take(const char*& bytes, std::vector<T>& all) {
+    size_t count;
+    take(bytes, &count);
+    all.resize(count);
+    take(bytes, all.data(), count);
+}
+
+inline torch::stable::Tensor compact_plan(const CompactArgs& args) {
+    std::string bytes;
+    put<CompactHead>(bytes, &args);
+    put(bytes, args.layouts);
+    put(bytes, args.sources);
+    put(bytes, args.first_caches);
+    return plan_tensor(bytes.data(), bytes.size());
+}
+
+// Of a call made again, whose addresses are in the order in which medusa_kernels/kv_cache.py has
+// its tensors.
+inline CompactArgs planned_args(const char* plan, const uint64_t* addresses) {
+    CompactArgs args;
+    take<CompactHead>(plan, &args);
+    take(plan, args.layouts);
+    take(plan, args.sources);
+    take(plan, args.first_caches);
+    Addresses next(addresses);
+    next(args.path);
+    next(args.accept_length);
+    next(args.cache_seqlens);
+    next(args.slots.block_table);
+    const uint64_t* tensors = addresses + 4;
+    args.caches.reserve(args.sources.size());
+    for (const CacheSource& source : args.sources) {
+        args.caches.push_back(reinterpret_cast<char*>(tensors[source.tensor]) + source.offset);
+    }
+    check_distinct(args.caches);
     return args;
 }
 

@@ -9,10 +9,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Tensor accept_length,
-                      Tensor cache_seqlens, std::optional<Tensor> block_table) {
-    const CompactArgs args =
-        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table);
+void compact(const CompactArgs& args) {
     for (size_t l = 0; l < args.layouts.size(); ++l) {
         const KvLayout& layout = args.layouts[l];
         const int64_t tasks = int64_t(args.first_caches[l + 1] - args.first_caches[l]) * args.batch;
@@ -33,10 +30,29 @@ void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Te
     }
 }
 
+void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Tensor accept_length,
+                      Tensor cache_seqlens, std::optional<Tensor> block_table) {
+    compact(compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table));
+}
+
+Tensor compact_kv_cache_plan(std::vector<Tensor> kv, int64_t lead_dims, Tensor path,
+                             Tensor accept_length, Tensor cache_seqlens,
+                             std::optional<Tensor> block_table) {
+    return compact_plan(
+        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(medusa_kernels, CPU, m) {
     m.impl("compact_kv_cache", TORCH_BOX(&compact_kv_cache));
+    m.impl("compact_kv_cache_plan", TORCH_BOX(&compact_kv_cache_plan));
 }
 
 }  // namespace medusa_kernels
+
+MK_MAKES_CALLS_AGAIN medusa_kernels_compact_kv_cache(const void* plan, const uint64_t* addresses,
+                                                     void*) {
+    using namespace medusa_kernels;
+    return error_of([&] { compact(planned_args(static_cast<const char*>(plan), addresses)); });
+}

@@ -2,15 +2,21 @@
 
 A call is known by its signature: all that its checks and launches look at, which is all of its tensors but the upper
 bits of their addresses. What is kept by it is a function of the tensors' addresses, 0 for None, that makes the call
-again, and says whether it did.
+again, and says whether it did. Among a call's tensors there may be tuples and lists of them.
 """
 
-from collections.abc import Callable
+import ctypes
+import struct
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from . import _ops
+
 Again = Callable[[list[int]], bool]
+Tensors: TypeAlias = "tuple[Tensor | Sequence[Tensor | None] | None, ...]"
 
 MAX_CALLS = 4096
 
@@ -21,7 +27,7 @@ class PythonCalls:
     def __init__(self):
         self._known: dict[tuple, Again] = {}
 
-    def call(self, tensors: tuple[Tensor | None, ...], options: tuple) -> bool | None:
+    def call(self, tensors: Tensors, options: tuple) -> bool | None:
         """Make the call again. Whether it was made; None where it is not known."""
         signature = _signature(tensors, options)
         if signature is None:
@@ -29,11 +35,11 @@ class PythonCalls:
         again = self._known.get(signature[0])
         return None if again is None else again(signature[1])
 
-    def find(self, tensors: tuple[Tensor | None, ...], options: tuple) -> Again | None:
+    def find(self, tensors: Tensors, options: tuple) -> Again | None:
         signature = _signature(tensors, options)
         return None if signature is None else self._known.get(signature[0])
 
-    def remember(self, tensors: tuple[Tensor | None, ...], options: tuple, again: Again) -> None:
+    def remember(self, tensors: Tensors, options: tuple, again: Again) -> None:
         signature = _signature(tensors, options)
         if signature is None:
             return
@@ -51,21 +57,69 @@ class PythonCalls:
 _TYPES = (Tensor, torch.nn.Parameter)  # no subclass, which may be anything
 
 
-def _signature(tensors: tuple, options: tuple) -> tuple[tuple, list[int]] | None:
+def _flat(tensors: Tensors) -> list:
+    flat: list = []
+    for x in tensors:
+        flat.extend(x) if isinstance(x, (tuple, list)) else flat.append(x)
+    return flat
+
+
+def are_plain(tensors: Tensors) -> bool:
+    """Whether they have addresses, and nothing has to see the operator."""
+    return not traced() and all(x is None or (type(x) in _TYPES and not x.is_meta) for x in _flat(tensors))
+
+
+def addresses(tensors: Tensors) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in _flat(tensors)]
+
+
+def traced() -> bool:
+    """Whether something has to see the operator: a compiler, a dispatch mode, a transform."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _signature(tensors: Tensors, options: tuple) -> tuple[tuple, list[int]] | None:
     """What they look like, and the addresses; None for what cannot be told by that."""
-    if not all(x is None or type(x) in _TYPES for x in tensors):
+    flat = _flat(tensors)
+    if not all(x is None or type(x) in _TYPES for x in flat):
         return None
     if not all(x is None or type(x) in (bool, int, float) for x in options):
         return None
     try:
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
+        places = addresses(tensors)
     except RuntimeError:  # without an address
         return None
+    nesting = tuple(len(x) if isinstance(x, (tuple, list)) else None for x in tensors)
     kinds = [
         None if x is None else (x.shape, x.stride(), x.dtype, x.device, address % 16)
-        for x, address in zip(tensors, addresses)
+        for x, address in zip(flat, places)
     ]
-    return (*kinds, *map(type, options), *options), addresses
+    return (nesting, *kinds, *map(type, options), *options), places
+
+
+class Launch:
+    """A call of the operator `name` with checked arguments, made again from its plan (csrc/plans.h)."""
+
+    def __init__(self, name: str, arguments: tuple, device: torch.device):
+        self.device = device.index if device.type == "cuda" else -1
+        self.plan: Tensor = _ops.plan(name, self.device >= 0)(*arguments)
+        self.function = _ops.function(name, self.device >= 0)
+
+    @property
+    def native(self) -> tuple[int, int, int]:
+        """The function, its plan and its device: csrc/fast_calls.cpp makes the call by itself."""
+        return ctypes.cast(self.function, ctypes.c_void_p).value or 0, self.plan.data_ptr(), self.device
+
+    def __call__(self, addresses: list[int]) -> bool:
+        stream = torch._C._cuda_getCurrentRawStream(self.device) if self.device >= 0 else None
+        error = self.function(self.plan.data_ptr(), struct.pack(f"{len(addresses)}Q", *addresses), stream)
+        if error is not None:
+            raise RuntimeError(error.decode())
+        return True
 
 
 def new_calls():

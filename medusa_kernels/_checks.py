@@ -23,6 +23,7 @@ def check_tensor(
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     device: torch.device | None = None,
     last_dim_contiguous: bool = False,
+    contiguous: bool = False,
 ) -> Tensor:
     """Raise if `x` is not a tensor of that shape (None: any size), dtype and device; return it.
 
@@ -43,6 +44,8 @@ def check_tensor(
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
     if last_dim_contiguous and x.dim() and x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name}: the last dimension must be contiguous, got strides {x.stride()}")
+    if contiguous and not x.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {x.stride()}")
     return x
 
 

@@ -1,5 +1,6 @@
 """The compiled operators: loading them, what torch.compile needs to know of them, and what they were built with."""
 
+import ctypes
 import importlib
 import importlib.metadata
 from functools import cache
@@ -39,6 +40,22 @@ def op(name: str, on_cuda: bool) -> Any:
     elif not HAS_CPU_OPS:
         raise RuntimeError(_missing(name, "C++", "_ops_cpu"))
     return _overload(name)
+
+
+def plan(name: str, on_cuda: bool) -> Any:
+    """The operator that plans a call of operator `name`, to make it again: csrc/plans.h."""
+    op(name, on_cuda)
+    return _overload(f"{name}_plan")
+
+
+@cache
+def function(name: str, on_cuda: bool) -> Any:
+    """What makes a call of operator `name` from its plan: a function of plan, addresses and stream."""
+    library = ctypes.PyDLL(str(_HERE / ("_ops_cuda.so" if on_cuda else "_ops_cpu.so")))
+    result = library[f"medusa_kernels_{name}"]
+    result.restype = ctypes.c_char_p
+    result.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return result
 
 
 @cache

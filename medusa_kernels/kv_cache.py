@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _calls, _ops
 from ._checks import check_tensor, debug_enabled
 
 
@@ -41,24 +41,37 @@ def compact_kv_cache(
     the compiled operators are missing. Nothing is written then.
     Source: Medusa (Cai et al., 2024), `update_inference_inputs`.
     """
-    if isinstance(kv, Tensor):
-        caches, lead_dims = [kv], 2
-    else:
-        try:
-            caches, lead_dims = list(chain.from_iterable(kv)), 0
-        except TypeError:
-            raise TypeError(f"kv: expected a tensor, or a tuple of tensors for each layer, got {_kind(kv)}") from None
+    try:
+        layers, lead_dims = ((kv,), 2) if isinstance(kv, Tensor) else (tuple(kv), 0)
+        tensors = (path, accept_length, cache_seqlens, block_table, *layers)
+        if not _calls.traced() and not debug_enabled() and _known.call(tensors, (lead_dims,)):
+            return
+        caches = [kv] if isinstance(kv, Tensor) else list(chain.from_iterable(layers))
+    except RuntimeError as error:
+        _ops.reraise(error)
+    except TypeError:
+        raise TypeError(f"kv: expected a tensor, or a tuple of tensors for each layer, got {_kind(kv)}") from None
+    arguments = (caches, lead_dims, path, accept_length, cache_seqlens, block_table)
     if torch.compiler.is_compiling():
-        torch.ops.medusa_kernels.compact_kv_cache(caches, lead_dims, path, accept_length, cache_seqlens, block_table)
+        torch.ops.medusa_kernels.compact_kv_cache(*arguments)
         return
     try:
         op = _ops.op("compact_kv_cache", caches[0].is_cuda)
         if debug_enabled():
             _check_values(caches[0], lead_dims, path, accept_length, cache_seqlens, block_table)
-        op(caches, lead_dims, path, accept_length, cache_seqlens, block_table)
+        nested = lead_dims > 0 or all(isinstance(layer, (tuple, list)) for layer in layers)
+        if nested and _calls.are_plain(tensors):
+            launch = _calls.Launch("compact_kv_cache", arguments, caches[0].device)
+            launch(_calls.addresses(tensors))
+            _known.remember(tensors, (lead_dims,), launch)
+        else:
+            op(*arguments)
     except (AttributeError, IndexError, TypeError, RuntimeError) as error:
         _check_arguments(kv, caches, path, accept_length, cache_seqlens, block_table)
         _ops.reraise(error)
+
+
+_known = _calls.new_calls()
 
 
 def _kind(kv: object) -> str:

@@ -45,6 +45,11 @@ def acceptance(mode, batch, size, vocab, dtype):
     seed = torch.tensor([1, 0], device=device)
     result = accept_candidates(logits, tokens, tree, mode=mode, top_p=0.9, seed=seed, eos_token_id=3)
     assert (result.accept_length >= 0).all()
+    for _ in range(2):  # planned, then made again
+        seed.copy_(torch.tensor([1, 0]))
+        out = type(result)(*map(torch.empty_like, result))
+        accept_candidates(logits, tokens, tree, mode=mode, top_p=0.9, seed=seed, eos_token_id=3, out=out)
+        assert all(torch.equal(x, y) for x, y in zip(out, result))
     return result
 
 
@@ -71,7 +76,8 @@ def run_compaction():
     result = acceptance("sampling", 3, 40, 1000, torch.bfloat16)
     kv = torch.randn(3, 2, 3, 200, 4, 64, device=device, dtype=torch.float16)
     lens = torch.tensor([100, 5, 0], dtype=torch.int32, device=device)
-    compact_kv_cache(kv, result.path, result.accept_length, lens)
+    for _ in range(2):  # planned, then made again
+        compact_kv_cache(kv, result.path, result.accept_length, lens)
     layers = [(torch.randn(12, 16, 2, 64, device=device), torch.randn(12, 16, 2, 64, device=device)) for _ in range(2)]
     table = torch.randperm(12).view(3, 4).int().to(device)
     compact_kv_cache(layers, result.path, result.accept_length, lens.clamp(max=20), block_table=table)

@@ -6,8 +6,9 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from medusa_kernels import TokenTree, _ops, reference
+from medusa_kernels import TokenTree, _calls, _ops, acceptance, reference
 from medusa_kernels.acceptance import Acceptance, AcceptMode, accept_candidates
 
 pytestmark = pytest.mark.skipif(not _ops.HAS_CPU_OPS, reason="the C++ operators are not built")
@@ -358,6 +359,155 @@ def test_philox_known_answers():
     assert words == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
+# ---- out ----
+
+
+def filled(batch, columns, device="cpu"):
+    """An Acceptance of garbage."""
+    shapes = [(batch,), (batch, columns), (batch,), (batch, columns), (batch,), (batch,)]
+    dtypes = [torch.int32] * 3 + [torch.int64] * 2 + [torch.bool]
+    return Acceptance(*(torch.full(x, 77, device=device).to(dtype) for x, dtype in zip(shapes, dtypes)))
+
+
+def other(x):
+    """The same at another address, all else as it was."""
+    if isinstance(x, TokenTree):
+        return TokenTree(other(x.parents), other(x.num_nodes), x.max_depth)
+    return x.clone() if isinstance(x, torch.Tensor) else x
+
+
+def check_out_equals_new(logits, tokens, tree, options):
+    """The checked call and those made again, each with its own tensors."""
+    want = accept_candidates(logits, tokens, tree, **clone_seed(options))
+    before = len(acceptance._known.values())
+    kept = []  # so that no address comes twice
+    for _ in range(3):
+        arguments = [other(x) for x in (logits, tokens, tree)]
+        more = {name: other(x) for name, x in options.items()}
+        out = filled(len(logits), tree.max_depth + 1, logits.device)
+        kept += [arguments, more, out]
+        assert accept_candidates(*arguments, **more, out=out) is out
+        assert rows(out) == rows(want), options
+        if isinstance(more["seed"], torch.Tensor):
+            assert more["seed"].tolist() == [int(options["seed"][0]), int(options["seed"][1]) + 1]
+    return len(acceptance._known.values()) - before
+
+
+def test_out_equals_new():
+    acceptance._known.clear()
+    told = set()
+    for seed in range(400):
+        *arguments, options = random_case(random.Random(seed))
+        new = check_out_equals_new(*arguments, options)
+        assert new <= (0 if isinstance(options["seed"], int) else 1)  # a seed would be kept for each value
+        told.add(new)
+    assert told == {0, 1}
+
+
+def test_out_without_compiled_calls(monkeypatch):
+    monkeypatch.setattr(acceptance, "_known", _calls.PythonCalls())
+    for seed in range(40):
+        *arguments, options = random_case(random.Random(seed))
+        check_out_equals_new(*arguments, options)
+    assert len(acceptance._known.values()) > 10
+
+
+def test_what_was_told_apart_before_is_called_by_its_own_options():
+    """Calls that differ in one option alone, made in turn."""
+    logits, tokens, tree = torch.randn(3, 4, 20), torch.randint(0, 20, (3, 4)), TokenTree.full([3])
+    tokens[:, 1:] = logits[:, 0].topk(3).indices
+    each = torch.tensor([1.0, 0.3, 2.0])
+    changes = [
+        {}, {"temperature": 0.4}, {"temperature": each}, {"top_k": 1}, {"top_p": 0.2}, {"top_p": each.clamp(max=1)},
+        {"mode": "greedy"}, {"mode": "typical", "posterior_threshold": 0.3, "posterior_alpha": 3.0},
+        {"mode": "typical", "posterior_threshold": 0.001}, {"max_tokens": 1}, {"max_tokens": torch.ones(3).int()},
+        {"eos_token_id": int(tokens[0, 1])}, {"eos_token_id": tokens[0, :2].tolist()}, {"eos_token_id": tokens[1, :2]},
+        {"mode": torch.tensor([0, 1, 2], dtype=torch.int8)},
+    ]  # fmt: skip
+    seen = set()
+    for _ in range(3):
+        for change in changes:
+            options = {"mode": "sampling", "seed": torch.tensor([3, 4]), **change}
+            out = accept_candidates(logits, tokens, tree, **clone_seed(options), out=filled(3, 2))
+            assert rows(out) == rows(accept_candidates(logits, tokens, tree, **clone_seed(options))), change
+            seen.add(str(rows(out)))
+    assert len(seen) > 5
+
+
+WRONG_FIELDS = {
+    "a list": lambda x: x.tolist(),
+    "None": lambda x: None,
+    "dtype": lambda x: x.to(torch.int16),
+    "batch": lambda x: torch.cat([x, x]),
+    "rank": lambda x: x.unsqueeze(-1),
+    "device": lambda x: x.to("meta"),
+    "strided": lambda x: x.repeat_interleave(2, 0)[::2],
+}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+@pytest.mark.parametrize("wrong", WRONG_FIELDS)
+@pytest.mark.parametrize("field", Acceptance._fields)
+def test_bad_out(field, wrong, known):
+    logits, tokens, tree = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), TokenTree.chain(2)
+    seed, out = torch.tensor([1, 5]), filled(2, 3)
+    acceptance._known.clear()
+    if known:
+        accept_candidates(logits, tokens, tree, mode="sampling", seed=seed.clone(), out=filled(2, 3))
+    bad = out._replace(**{field: WRONG_FIELDS[wrong](getattr(out, field))})
+    with pytest.raises((ValueError, TypeError), match=rf"^out\.{field}: expected"):
+        accept_candidates(logits, tokens, tree, mode="sampling", seed=seed, out=bad)
+    assert rows(out) == rows(filled(2, 3)) and seed.tolist() == [1, 5]
+
+
+@pytest.mark.parametrize("out", [1, torch.zeros(2), tuple(filled(2, 3))], ids=["int", "tensor", "tuple"])
+def test_out_of_another_type(out):
+    with pytest.raises(TypeError, match=r"^out: expected an Acceptance"):
+        accept_candidates(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), TokenTree.chain(2), out=out)
+
+
+class Odd(torch.Tensor):
+    pass
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_out_where_something_has_to_see_the_operator():
+    logits, tokens, tree = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), TokenTree.chain(2)
+    want = rows(accept_candidates(logits, tokens, tree))
+    accept_candidates(logits, tokens, tree, out=filled(2, 3))  # known
+    assert rows(accept_candidates(logits.as_subclass(Odd), tokens, tree, out=filled(2, 3))) == want
+    with Seen() as seen:
+        out = accept_candidates(logits, tokens, tree, out=filled(2, 3))
+    assert "medusa_kernels.accept_candidates.default" in seen.names and rows(out) == want
+
+
+def check_compile_out(device):
+    tree = TokenTree.from_parents(torch.tensor([-1, 0, 0, 1, 2])).to(device)
+    logits, tokens = torch.randn(3, 5, 30, device=device), torch.randint(0, 30, (3, 5), device=device)
+
+    def step(logits, tokens, seed, out):
+        return accept_candidates(logits * 2, tokens, tree, mode="sampling", seed=seed, out=out)
+
+    seeds = [torch.tensor([4, 0], device=device) for _ in range(2)]
+    want = rows(step(logits, tokens, seeds[0], None))
+    out = filled(3, 3, device)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, tokens, seeds[1], out)
+    assert rows(got) == rows(out) == want and seeds[1].tolist() == [4, 1]
+
+
+def test_compile_out():
+    check_compile_out("cpu")
+
+
 # ---- registration ----
 
 
@@ -591,3 +741,99 @@ def test_cuda_trees_of_every_size(device):
 def test_cuda_opcheck_and_compile(device):
     check_op(device)
     check_compile(device)
+    check_compile_out(device)
+
+
+@pytest.mark.gpu
+def test_cuda_out_equals_new(device):
+    acceptance._known.clear()
+    for seed in range(150):
+        logits, tokens, tree, options = random_case(random.Random(seed))
+        check_out_equals_new(logits.to(device), tokens.to(device), tree.to(device), to(device, options))
+    assert len(acceptance._known.values()) > 30
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["greedy", "typical", "sampling"])
+def test_cuda_out_again_and_again(device, mode):
+    """Blocks that mail each other: each launch has words of its own, though its plan is kept. Unlike inputs in turn,
+    without a synchronisation in between, on two streams."""
+    tree = TokenTree.preset("mc_sim_7b_63").to(device)
+    above = tree.parents.clamp(min=0).long()
+    logits = [torch.randn(1, tree.size, 32000, device=device, dtype=torch.bfloat16) for _ in range(4)]
+    tokens = [x.argmax(-1)[:, above] for x in logits]
+    seeds = [torch.tensor([6, 0], device=device) for _ in logits]
+
+    def options(i):
+        return {"mode": mode, "seed": seeds[i], "top_p": 0.9} if mode == "sampling" else {"mode": mode}
+
+    steps = 30
+    want = [[rows(accept_candidates(x, t, tree, **options(i))) for _ in range(steps)]
+            for i, (x, t) in enumerate(zip(logits, tokens))]  # fmt: skip
+    for seed in seeds:
+        seed.copy_(torch.tensor([6, 0]))
+    acceptance._known.clear()
+    outs = [[filled(1, tree.max_depth + 1, device) for _ in range(steps)] for _ in logits]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for step in range(steps):
+        for i in range(len(logits)):
+            with torch.cuda.stream(streams[i % 2]):
+                accept_candidates(logits[i], tokens[i], tree, out=outs[i][step], **options(i))
+    torch.cuda.synchronize()
+    assert len(acceptance._known.values()) == 1
+    assert [[rows(out) for out in all_steps] for all_steps in outs] == want
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_a_known_call(device):
+    tree = TokenTree.preset("mc_sim_7b_63").to(device)
+    logits = torch.randn(2, tree.size, 5000, device=device)
+    tokens = torch.randint(0, 5000, (2, tree.size), device=device)
+    tokens[:, 1:] = logits.argmax(-1)[:, tree.parents[1:].long()]
+    out, seed = filled(2, tree.max_depth + 1, device), torch.tensor([9, 0], device=device)
+    accept_candidates(logits, tokens, tree, mode="sampling", seed=seed.clone(), out=out)
+    known = acceptance._known.values()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        accept_candidates(logits, tokens, tree, mode="sampling", seed=seed, out=out)
+    assert acceptance._known.values() == known
+    for step in range(10):
+        logits.normal_()
+        want = accept_candidates(logits, tokens, tree, mode="sampling", seed=torch.tensor([9, step], device=device))
+        for x in out:
+            x.zero_()
+        graph.replay()
+        assert rows(out) == rows(want) and seed.tolist() == [9, step + 1]
+
+
+@pytest.mark.gpu
+def test_cuda_out_does_not_synchronise(device):
+    tree = TokenTree.chain(3, device)
+    logits, tokens = torch.randn(2, 4, 500, device=device), torch.zeros(2, 4, dtype=torch.int64, device=device)
+    out = filled(2, 4, device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            accept_candidates(logits, tokens, tree, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_cuda_out_where_another_device_is_current():
+    tree = TokenTree.preset("mc_sim_7b_63")
+    logits, tokens = torch.randn(1, tree.size, 32000), torch.zeros(1, tree.size, dtype=torch.int64)
+    tokens[:, 1:] = logits.argmax(-1)[:, tree.parents[1:].long()]
+    want = rows(accept_candidates(logits, tokens, tree))
+    for current in (0, 1):
+        for device in ("cuda:0", "cuda:1"):
+            arguments = logits.to(device), tokens.to(device), tree.to(device)
+            with torch.cuda.device(current):
+                for _ in range(2):
+                    out = accept_candidates(*arguments, out=filled(1, tree.max_depth + 1, device))
+                    assert rows(out) == want
+                    assert torch.cuda.current_device() == current

@@ -50,6 +50,16 @@ def test_every_difference_is_told(calls):
                 tensor(dtype=torch.float8_e4m3fn), tensor(dtype=torch.int64), tensor(dtype=torch.bool),
             )),
             (tensor(), None), (None, tensor()), (tensor(), tensor()), (),
+            # Looks repeat: which of them, and of the tensor before which.
+            (tensor(), tensor(), tensor()), (tensor(), tensor(offset=1)), (tensor(offset=1), tensor()),
+            (tensor(), tensor(offset=1), tensor(offset=1)), (tensor(), tensor(), tensor(offset=1)),
+            (tensor(), None, tensor()), (tensor(offset=1), None, tensor()), (tensor(), None, tensor(offset=1)),
+            (tensor(), tensor(dtype=torch.int32)), (tensor(), tensor(strides=(4, 1))), (tensor(), tensor((3, 2))),
+            (tensor(()), tensor(())), (tensor((1,)), tensor(())),
+            # Tuples and lists among them.
+            ((),), ((None,),), ((tensor(),),), ((tensor(), tensor()),), ((tensor(),), (tensor(),)),
+            (tensor(), (tensor(),)), ((tensor(),), tensor()), (tensor(), (tensor(), tensor(offset=1))),
+            ([tensor()], [tensor(), tensor()]), ([tensor(), tensor()], [tensor()]),
         ]  # fmt: skip
 
     options = [
@@ -61,7 +71,8 @@ def test_every_difference_is_told(calls):
         calls.remember(tensors, option, lambda addresses, number=number: (number, addresses) == expected)
     assert len(calls.values()) == len(pairs)
     for number, (tensors, option) in enumerate(itertools.product(variants(), options)):
-        expected = number, [0 if x is None else x.data_ptr() for x in tensors]
+        flat = [x for item in tensors for x in (item if isinstance(item, (tuple, list)) else [item])]
+        expected = number, [0 if x is None else x.data_ptr() for x in flat]
         assert calls.call(tensors, option) is True
     calls.clear()
     assert calls.values() == [] and calls.call((), ()) is None
@@ -74,6 +85,13 @@ def test_addresses_that_differ_by_16_are_one_call(calls):
     assert seen == [[tensor(offset=4).data_ptr()]]
 
 
+def test_tuples_and_lists_are_one_call(calls):
+    calls.remember((tensor(), (tensor(), None)), (), lambda addresses: True)
+    assert calls.call((tensor(), [tensor(), None]), ()) is True
+    calls.remember((tensor(), (tensor(), None)), (), lambda addresses: False)
+    assert len(calls.values()) == 1
+
+
 class Odd(Tensor):
     pass
 
@@ -83,7 +101,8 @@ class Odd(Tensor):
     [
         ((tensor().as_subclass(Odd),), ()), ((3,), ()), (([1.0],), ()), ((tensor(),), ("x",)), ((tensor(),), (2j,)),
         ((tensor(),), (torch.tensor(1.0),)), ((torch.zeros(2, device="meta").as_subclass(Odd),), ()),
-        ((torch.zeros(2, 2).to_sparse(),), ()),
+        ((torch.zeros(2, 2).to_sparse(),), ()), (((tensor(), tensor().as_subclass(Odd)),), ()), ((([tensor()],),), ()),
+        (([3],), ()),
     ],
     ids=str,
 )  # fmt: skip
@@ -139,27 +158,39 @@ def test_wrong_arguments_are_errors():
         type(calls)()
 
 
+class Native:
+    """A call that is made without Python: it notes down what it is given; plan 2 goes wrong."""
+
+    def __init__(self, plan: int, device: int, seen: list):
+        error = ctypes.create_string_buffer(b"as it is")
+
+        @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p)
+        def function(plan, addresses, stream):
+            seen.append((plan, addresses[0], addresses[1], stream))
+            return ctypes.addressof(error) if plan == 2 else None
+
+        self.function = function  # kept alive
+        self.native = ctypes.cast(function, ctypes.c_void_p).value, plan, device
+
+
+def check_native(x: Tensor, stream: int | None) -> None:
+    calls, seen = _calls.new_calls(), []
+    for plan in (1, 2):
+        calls.remember((x, None), (plan,), Native(plan, -1 if x.get_device() < 0 else x.get_device(), seen))
+    assert calls.call((x, None), (1,)) is True
+    with pytest.raises(RuntimeError, match="as it is"):
+        calls.call((x, None), (2,))
+    assert seen == [(1, x.data_ptr(), 0, stream), (2, x.data_ptr(), 0, stream)]
+
+
+@pytest.mark.skipif(not COMPILED, reason="no compiled calls here")
+def test_native_calls():
+    check_native(torch.zeros(3), None)
+
+
 @pytest.mark.skipif(not COMPILED, reason="no compiled calls here")
 @pytest.mark.gpu
-def test_gpu_native_launches():
-    """Made without Python: on the current stream, with the addresses; what goes wrong there is a RuntimeError."""
-    seen = []
-
-    @ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64), ctypes.c_void_p)
-    def launch(plan, addresses, stream):
-        seen.append((plan, addresses[0], addresses[1], stream))
-        return b"as it is" if plan == 2 else None
-
-    class Launch:
-        def __init__(self, plan):
-            self.native = ctypes.cast(launch, ctypes.c_void_p).value, plan, 0
-
-    calls, x = _calls.new_calls(), torch.zeros(3, device="cuda")
-    for plan in (1, 2):
-        calls.remember((x, None), (plan,), Launch(plan))
-    with torch.cuda.stream(torch.cuda.Stream()) as _:
-        stream = torch.cuda.current_stream().cuda_stream
-        assert calls.call((x, None), (1,)) is True
-        with pytest.raises(RuntimeError, match="as it is"):
-            calls.call((x, None), (2,))
-    assert seen == [(1, x.data_ptr(), 0, stream), (2, x.data_ptr(), 0, stream)]
+def test_gpu_native_calls():
+    """On the current stream."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        check_native(torch.zeros(3, device="cuda"), torch.cuda.current_stream().cuda_stream)

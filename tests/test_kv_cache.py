@@ -2,14 +2,16 @@
 
 import random
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from medusa_kernels import _ops, reference
+from medusa_kernels import _calls, _ops, kv_cache, reference
 from medusa_kernels.kv_cache import compact_kv_cache
 
 DTYPES = {
@@ -228,6 +230,118 @@ def test_only_the_trees_slots_change(layout, paged):
             assert ((got == old) | (got == 0)).all()
 
 
+def check_again(device, seed, layout, paged, **options) -> None:
+    """The checked call, then the same with other values in tensors at other addresses."""
+    kept, known = [], None
+    for number in range(3):
+        case = make_case(seed, layout, "fp16", paged, device, **options)
+        expected = make_case(seed, layout, "fp16", paged, **options)
+        for x in (case, expected):  # another path each time
+            x.accept_length.copy_((x.accept_length - number).clamp(min=-1))
+        case.call(compact_kv_cache)
+        expected.call(reference.compact_kv_cache)
+        for got, want in zip(case.state(), expected.state(), strict=True):
+            assert torch.equal(got, want)
+        assert known is None or kv_cache._known.values() == known
+        known = kv_cache._known.values()
+        kept.append(case)  # so that no address comes twice
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("paged", [False, True], ids=["contiguous", "paged"])
+def test_known_calls_equal_reference(layout, paged):
+    kv_cache._known.clear()
+    for seed in range(20):
+        check_again("cpu", seed, layout, paged)
+    assert len(kv_cache._known.values()) > 10
+
+
+def test_known_calls_without_the_compiled_part(monkeypatch):
+    monkeypatch.setattr(kv_cache, "_known", _calls.PythonCalls())
+    for layout in LAYOUTS:
+        check_again("cpu", 3, layout, False)
+    assert len(kv_cache._known.values()) >= len(LAYOUTS) - 1
+
+
+def test_a_known_call_does_not_let_the_same_tensor_twice_pass():
+    """Alike in all but addresses, which a call's signature does not tell."""
+    case = good()
+    for _ in range(2):
+        good().call(compact_kv_cache)
+    case.kv = [case.kv[0], (case.kv[1][0], case.kv[0][1])]
+    before = case.state()
+    with pytest.raises(ValueError, match=r"^kv: .*twice"):
+        case.call(compact_kv_cache)
+    assert all(torch.equal(a, b) for a, b in zip(before, case.state(), strict=True))
+
+
+def test_tensors_in_place_of_layers():
+    """A list of tensors is not the call of one of them, and its layers are not the tensors that are moved."""
+    options = {"layout": "stacked", "dtype": "fp32", "paged": False, "batch": 3}
+    want = make_case(1, **options)
+    want.call(reference.compact_kv_cache)
+    kv_cache._known.clear()
+    for _ in range(3):
+        make_case(1, **options).call(compact_kv_cache)
+        case = make_case(1, **options)
+        case.kv = list(case.kv)
+        case.call(compact_kv_cache)
+        assert all(torch.equal(a, b) for a, b in zip(case.state(), want.state(), strict=True))
+        alone = make_case(1, **options)
+        alone.kv = [alone.kv]
+        before = alone.state()
+        with pytest.raises(TypeError, match=r"^kv: expected a tensor, or a tuple"):
+            alone.call(compact_kv_cache)
+        assert all(torch.equal(a, b) for a, b in zip(alone.state(), before, strict=True))
+    assert len(kv_cache._known.values()) == 1
+
+
+def test_layers_of_any_sequence():
+    want = good()
+    want.call(reference.compact_kv_cache)
+
+    class Layer(NamedTuple):
+        k: Tensor
+        v: Tensor
+
+    makers = [tuple, lambda kv: [list(layer) for layer in kv], lambda kv: [Layer(*layer) for layer in kv],
+              lambda kv: (tuple(layer) for layer in kv), lambda kv: [iter(layer) for layer in kv]]  # fmt: skip
+    for make in makers:
+        for _ in range(2):
+            case = good()
+            case.kv = make(case.kv)
+            case.call(compact_kv_cache)
+            assert all(torch.equal(a, b) for a, b in zip(case.state(), want.state(), strict=True))
+
+
+class Odd(Tensor):
+    pass
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_where_something_has_to_see_the_operator():
+    want = good()
+    want.call(reference.compact_kv_cache)
+    good().call(compact_kv_cache)  # known
+    cases = [good(), good()]
+    cases[0].kv = [tuple(x.as_subclass(Odd) for x in layer) for layer in cases[0].kv]
+    cases[0].call(compact_kv_cache)
+    with Seen() as seen:
+        cases[1].call(compact_kv_cache)
+    assert seen.names.count("medusa_kernels.compact_kv_cache.default") == 1
+    for case in cases:
+        assert all(torch.equal(a, b) for a, b in zip(case.state(), want.state(), strict=True))
+
+
 def test_long_paths_run_to_512_nodes():
     nodes = torch.arange(512, dtype=torch.int32).repeat(2, 1)
     nodes[1] = torch.cat([torch.arange(0, 511, 2), torch.full((256,), -1)])
@@ -357,6 +471,7 @@ def test_debug_checks_values(name, at, value, monkeypatch):
         "cache_seqlens": torch.tensor([5, 9], dtype=torch.int32),
         "block_table": torch.arange(8, dtype=torch.int32).view(2, 4),
     }
+    compact_kv_cache(kv, **{k: v.clone() for k, v in args.items()})  # known, which changes nothing here
     monkeypatch.setenv("MEDUSA_KERNELS_DEBUG", "1")
     compact_kv_cache(kv, **{k: v.clone() for k, v in args.items()})
     args[name][at] = value
@@ -368,6 +483,7 @@ def test_debug_checks_values(name, at, value, monkeypatch):
 
 def test_missing_extension_names_the_build_command(monkeypatch):
     monkeypatch.setattr(_ops, "HAS_CPU_OPS", False)
+    kv_cache._known.clear()
     with pytest.raises(RuntimeError, match="pip install --no-build-isolation"):
         good().call(compact_kv_cache)
 
@@ -528,3 +644,27 @@ def test_cache_and_path_on_different_devices_gpu():
     case = make_case(4, "layers", "fp16", False, "cuda")
     with pytest.raises(ValueError, match="path"):
         compact_kv_cache(case.kv, case.path.cpu(), case.accept_length, case.cache_seqlens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_known_calls_equal_reference_gpu(layout):
+    for paged in (False, True):
+        for seed in range(8):
+            check_again("cuda", seed, layout, paged)
+
+
+@pytest.mark.gpu
+def test_known_calls_of_several_launches_gpu():
+    for layers in (65, 700):
+        check_again("cuda", 1, "layers", False, layers=layers, batch=2, heads=1, dim=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_where_another_device_is_current_gpu():
+    for current in (0, 1):
+        for device in ("cuda:0", "cuda:1"):
+            with torch.cuda.device(current):
+                check_again(device, 2, "layers", True, batch=3)
+                assert torch.cuda.current_device() == current

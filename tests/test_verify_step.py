@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from medusa_kernels import TokenTree, reference, verify, verify_step
+from medusa_kernels import TokenTree, _calls, reference, verify, verify_step
+from medusa_kernels.acceptance import Acceptance
 
 VOCAB = 6  # few tokens, so that drafts are often right
 
@@ -26,9 +27,9 @@ class Case:
     root: Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
-    def call(self, function) -> verify.VerifiedStep:
+    def call(self, function, **more) -> verify.VerifiedStep:
         return function(self.logits, self.tokens, self.tree, self.kv, self.cache_seqlens, self.max_tokens, self.root,
-                        **self.options)  # fmt: skip
+                        **self.options, **more)  # fmt: skip
 
     def state(self) -> list[Tensor]:
         extra = [self.options.get(name) for name in ("last_hidden", "seed")]
@@ -189,6 +190,166 @@ def test_steps_give_plain_greedy_text():
     assert texts == [[i % VOCAB for i in range(11)], [(3 + i) % VOCAB for i in range(4)]]
 
 
+# ---- out ----
+
+
+def filled(batch: int, columns: int, device="cpu") -> verify.VerifiedStep:
+    """Garbage to write to."""
+
+    def full(*shape, dtype=torch.int64):
+        return torch.full(shape, 77, device=device).to(dtype)
+
+    int32 = {"dtype": torch.int32}
+    accepted = Acceptance(
+        full(batch, **int32), full(batch, columns, **int32), full(batch, **int32), full(batch, columns), full(batch),
+        full(batch, dtype=torch.bool),
+    )  # fmt: skip
+    report = full(batch, columns + 1)
+    return verify.VerifiedStep(report[:, :-1], full(batch, dtype=torch.bool), report, accepted)
+
+
+def check_out_equals_new(device, seeds) -> None:
+    """Of each case the checked call and those made again, each with its own tensors."""
+    for paged in (False, True):
+        for seed in seeds:
+            want_case = make_case(seed, paged).to(device)
+            want = flat(want_case.call(verify_step))
+            kept = []  # so that no address comes twice
+            for _ in range(3):
+                case = make_case(seed, paged).to(device)
+                out = filled(len(case.tokens), case.tree.max_depth + 1, device)
+                kept += [case, out]
+                assert case.call(verify_step, out=out) is out
+                assert_equal(flat(out), want)
+                assert_equal(case.state(), want_case.state())
+
+
+def test_out_equals_new():
+    check_out_equals_new("cpu", range(100))
+
+
+def test_known_calls_make_steps(monkeypatch):
+    """A result that is written again and again, by calls that were made before; its parts go into the next step."""
+    tree, batch = TokenTree.full([2, 2]), 2
+    verify._known.clear()
+    verify._checked.clear()
+    results = []
+    for out in (None, filled(batch, 3)):
+        kv, lengths = torch.zeros(1, 2, batch, 64, 1, 8), torch.zeros(batch, dtype=torch.int32)
+        max_tokens, root = torch.tensor([11, 4], dtype=torch.int32), torch.tensor([0, 3])
+        reports = []
+        for step_index in range(6):
+            drafts = torch.stack([(root + d + step_index % 2) % VOCAB for d in (1, 2)], 1)
+            tokens = tree.candidates(root, torch.stack([drafts, drafts + 1], 2))
+            logits = torch.nn.functional.one_hot((tokens + 1) % VOCAB, VOCAB).float()
+            step = verify_step(logits, tokens, tree, kv, lengths, max_tokens, root, out=out)
+            reports.append(step.report.tolist())
+            assert step.new_tokens.tolist() == [row[:-1] for row in reports[-1]]
+            if out is not None:
+                monkeypatch.setattr(_calls, "Launch", None)  # nothing is planned from now on
+        results.append((reports, lengths.tolist(), root.tolist()))
+    assert results[0] == results[1] and results[0][1] == [11, 3]
+    assert len(verify._known.values()) == 1 and len(verify._checked.values()) == 2  # with `out` and without
+
+
+def test_finish_step_out_keeps_the_acceptance_of_the_call():
+    """`accepted` may be another than the one in `out`, which is not written then."""
+    case = make_case(24)
+    accepted = case.call(verify_step).accepted
+    for _ in range(2):
+        states = [[x.clone() for x in (make_case(24).max_tokens, make_case(24).root)] for _ in range(2)]
+        want = verify.finish_step(accepted, *states[0], 2)
+        out = filled(*accepted.path.shape)
+        got = verify.finish_step(accepted, *states[1], 2, out=out)
+        assert got.accepted is accepted and got.report is out.report and got.done is out.done
+        assert_equal(flat(got), flat(want))
+        assert_equal(states[1], states[0])
+        assert_equal(list(out.accepted), list(filled(*accepted.path.shape).accepted))
+        own = verify.finish_step(out.accepted, *states[1], 2, out=out)
+        assert own is out
+
+
+WRONG = {
+    "a list": lambda x: x.tolist(),
+    "dtype": lambda x: x.to(torch.int16),
+    "batch": lambda x: torch.cat([x, x]),
+    "device": lambda x: x.to("meta"),
+    "strided": lambda x: x.repeat_interleave(2, 0)[::2],
+}
+PLACES = ["report", "done", "new_tokens", *(f"accepted.{name}" for name in Acceptance._fields)]
+
+
+def replaced(out: verify.VerifiedStep, place: str, change) -> verify.VerifiedStep:
+    name, _, field = place.partition(".")
+    if field:
+        return out._replace(accepted=out.accepted._replace(**{field: change(getattr(out.accepted, field))}))
+    return out._replace(**{name: change(getattr(out, name))})
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("place", PLACES)
+def test_bad_out(place, wrong, known):
+    def case():
+        return make_case(24)
+
+    verify._known.clear()
+    verify._checked.clear()
+    out = filled(len(case().tokens), case().tree.max_depth + 1)
+    if known:
+        case().call(verify_step, out=filled(len(case().tokens), case().tree.max_depth + 1))
+    made = case()
+    with pytest.raises((ValueError, TypeError), match=rf"^out\.{place}: expected"):
+        made.call(verify_step, out=replaced(out, place, WRONG[wrong]))
+    assert_equal(made.state(), case().state())
+    assert_equal(flat(out), flat(filled(len(made.tokens), made.tree.max_depth + 1)))
+    if not place.startswith("accepted"):
+        accepted = case().call(verify_step).accepted
+        with pytest.raises((ValueError, TypeError), match=rf"^out\.{place}: expected"):
+            verify.finish_step(accepted, made.max_tokens, made.root, out=replaced(out, place, WRONG[wrong]))
+        assert_equal(made.state(), case().state())
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_new_tokens_must_be_a_view_of_report(known):
+    """Alike in all but where they lie, which a call's signature does not tell."""
+    case = make_case(24)
+    shape = len(case.tokens), case.tree.max_depth + 1
+    if known:
+        make_case(24).call(verify_step, out=filled(*shape))
+    out = filled(*shape)._replace(new_tokens=filled(*shape).new_tokens)
+    with pytest.raises(ValueError, match=r"^out\.new_tokens: expected .*a view"):
+        case.call(verify_step, out=out)
+    assert_equal(case.state(), make_case(24).state())
+    accepted = make_case(24).call(verify_step).accepted
+    if known:
+        other = make_case(24)
+        verify.finish_step(accepted, other.max_tokens, other.root, out=filled(*shape))
+    with pytest.raises(ValueError, match=r"^out\.new_tokens: expected .*a view"):
+        verify.finish_step(accepted, case.max_tokens, case.root, out=out)
+    assert_equal(case.state(), make_case(24).state())
+
+
+def test_out_of_another_type():
+    case = make_case(24)
+    out = filled(len(case.tokens), case.tree.max_depth + 1)
+    for wrong in (1, tuple(out), out.accepted):
+        with pytest.raises(TypeError, match=r"^out: expected a VerifiedStep"):
+            case.call(verify_step, out=wrong)
+    with pytest.raises(TypeError, match=r"^out\.accepted: expected an Acceptance"):
+        case.call(verify_step, out=out._replace(accepted=tuple(out.accepted)))
+    assert_equal(case.state(), make_case(24).state())
+
+
+def test_a_known_state_does_not_let_another_tree_pass():
+    """The tree's depth is not in a tensor that was looked at."""
+    case = make_case(24)
+    case.call(verify_step, out=filled(len(case.tokens), case.tree.max_depth + 1))
+    case.tree = TokenTree(case.tree.parents, case.tree.num_nodes, case.tree.max_depth - 1)
+    with pytest.raises(ValueError, match=r"^out\.report"):
+        case.call(verify_step, out=filled(len(case.tokens), case.tree.max_depth + 2))
+
+
 # ---- bad input ----
 
 BAD = [
@@ -263,12 +424,32 @@ def check_compile(device) -> None:
         assert_equal(case.state(), other.state())
 
 
+def check_compile_out(device) -> None:
+    case, other = make_case(24).to(device), make_case(24).to(device)
+    tree, options = case.tree, case.options
+
+    def step(logits, tokens, kv, cache_seqlens, max_tokens, root, out):
+        return verify_step(logits, tokens, tree, kv, cache_seqlens, max_tokens, root, **options, out=out)
+
+    out = filled(len(case.tokens), tree.max_depth + 1, device)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = compiled(case.logits, case.tokens, case.kv, case.cache_seqlens, case.max_tokens, case.root, out)
+    want = flat(other.call(verify_step))
+    assert_equal(flat(got), want)
+    assert_equal(flat(out), want)
+    assert_equal(case.state(), other.state())
+
+
 def test_opcheck():
     check_op("cpu")
 
 
 def test_compile():
     check_compile("cpu")
+
+
+def test_compile_out():
+    check_compile_out("cpu")
 
 
 @pytest.mark.gpu
@@ -354,3 +535,56 @@ def test_gpu_graph_replays_steps(device):
 def test_gpu_opcheck_and_compile(device):
     check_op(device)
     check_compile(device)
+    check_compile_out(device)
+
+
+@pytest.mark.gpu
+def test_gpu_out_equals_new(device):
+    check_out_equals_new(device, range(50))
+
+
+@pytest.mark.gpu
+def test_gpu_graph_of_known_calls(device):
+    case, want_case = make_case(24).to(device), make_case(24)
+    out = filled(len(case.tokens), case.tree.max_depth + 1, device)
+    make_case(24).to(device).call(verify_step, out=out)
+    torch.cuda.synchronize()
+    known = verify._known.values()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        case.call(verify_step, out=out)
+    assert verify._known.values() == known
+    for _ in range(3):
+        graph.replay()
+        want = want_case.call(verify_step)
+        assert_equal(flat(out), flat(want))
+        assert_equal(case.state(), want_case.state())
+
+
+@pytest.mark.gpu
+def test_gpu_out_does_not_synchronise(device):
+    case = make_case(24).to(device)
+    out = filled(len(case.tokens), case.tree.max_depth + 1, device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            case.call(verify_step, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_out_where_another_device_is_current():
+    want_case = make_case(24)
+    want = flat(want_case.call(verify_step))
+    for current in (0, 1):
+        for device in ("cuda:0", "cuda:1"):
+            with torch.cuda.device(current):
+                for _ in range(2):
+                    case = make_case(24).to(device)
+                    out = filled(len(case.tokens), case.tree.max_depth + 1, device)
+                    assert_equal(flat(case.call(verify_step, out=out)), want)
+                    assert_equal(case.state(), want_case.state())
+                    assert torch.cuda.current_device() == current
