@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -29,6 +29,7 @@ from rich.table import Table
 from run import choose_cases
 
 from medusa_kernels import _sm90, attention
+from medusa_kernels._sm90 import Choice
 from medusa_kernels._triton import tree_attention as kernels
 from medusa_kernels._triton.tree_attention import TileConfig
 
@@ -43,22 +44,14 @@ TILES = [
 ]
 
 
-@dataclass(frozen=True)
-class Splits:
-    """What Hopper's kernel has to choose: groups of 64 rows in a row block, and splits of its keys."""
-
-    groups: int
-    num_splits: int
-
-
-def chosen_splits(case: Case, num_sms: int, arch: int) -> Splits:
+def chosen_splits(case: Case, num_sms: int, arch: int) -> Choice:
     rows = case.nodes * case.heads // case.heads_kv
     heads = case.batch * case.heads_kv
-    return Splits(*_sm90.choose(rows, heads, case.capacity, num_sms, case.head_dim, case.fp8))
+    return _sm90.choose(rows, heads, case.capacity, num_sms, case.head_dim, case.fp8)
 
 
-def splits(case: Case, num_sms: int, arch: int) -> list[Splits]:
-    """The choice first, then up to ten splits and parts of as many as the GPU holds at once."""
+def splits(case: Case, num_sms: int, arch: int) -> list[Choice]:
+    """The choice first, then up to ten splits and parts of as many as the GPU holds at once, and clusters."""
     configs = [chosen_splits(case, num_sms, arch)]
     rows = case.nodes * case.heads // case.heads_kv
     for groups in (1, 2) if rows > 64 else (1,):
@@ -66,7 +59,10 @@ def splits(case: Case, num_sms: int, arch: int) -> list[Splits]:
         resident = _sm90._resident(groups, num_sms, case.fp8)
         most = max(1, min(_sm90.MAX_SPLITS, -(-case.capacity // _sm90.KEYS), resident // blocks))
         parts = {round(most * share / 8) for share in range(1, 9)}
-        configs += [Splits(groups, n) for n in sorted({*range(1, 11), *parts}) if 1 <= n <= most]
+        configs += [Choice(groups, False, n) for n in sorted({*range(1, 11), *parts}) if 1 <= n <= most]
+        if groups == 1 and not case.fp8:
+            most = min(_sm90.MAX_CLUSTER, most, num_sms // blocks)
+            configs += [Choice(groups, True, n) for n in range(2, most + 1)]
     return list(dict.fromkeys(configs))
 
 
@@ -81,10 +77,9 @@ def replaced(module: ModuleType, **functions: Callable):
         attention._calls.clear()
 
 
-def forced_splits(config: Splits):
+def forced_splits(config: Choice):
     """Within this, `tree_attention` runs Hopper's kernel, where that serves the case, with these splits."""
-    choice = config.groups, config.num_splits
-    return replaced(_sm90, choose=lambda *_: choice)
+    return replaced(_sm90, choose=lambda *_: config, choose_levels=_sm90.choose_levels.__wrapped__)
 
 
 def chosen(case: Case, num_sms: int, arch: int) -> TileConfig:

@@ -1,5 +1,6 @@
 // Tree attention for Hopper: FlashAttention-3's structure (arXiv 2407.08608) with a tree's mask on
-// the last keys, and the splits of a long cache merged in the same launch.
+// the last keys, and the splits of a long cache merged in the same launch: in a cluster's shared
+// memory where they are few enough, else in the GPU's.
 //
 // Rows are nodes times query heads of a KV head, row = node * group + head, so that K and V are
 // read once for the group. A block has one or two warpgroups that compute, each on 64 rows, and one
@@ -37,6 +38,7 @@
 #include "arrivals.h"
 #include "early_launch.h"
 #include "tree_attention_sm90_args.h"
+#include "tree_attention_sm90_cluster.h"
 #include "tree_attention_sm90_consumer.h"
 #include "tree_attention_sm90_merge.h"
 #include "tree_attention_sm90_producer.h"
@@ -71,6 +73,7 @@ __device__ __forceinline__ void init_barriers(uint32_t barriers, int stages) {
         barrier_init(barriers + C::kNext, 1);
         barrier_init(barriers + C::kNext + 8, C::kThreads - kGroupThreads);
     } else if (warp == 5) {
+        if (C::kCluster) barrier_init(barriers + C::kArrived, 1);
         for (int i = 0; i < C::kConverted; ++i) {
             barrier_init(barriers + C::kConvertedBarriers + i * 8, 4);  // warps
             barrier_init(barriers + C::kConvertedBarriers + (C::kConverted + i) * 8, kReaders);
@@ -99,6 +102,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     w.set_rows<C>(p, blockIdx.x);
     if (threadIdx.x == 7 * 32) w.prefetch_lengths(p);
     __syncthreads();
+    if constexpr (C::kCluster) cluster_arrive();
 
     const int group = threadIdx.x / kGroupThreads;
     if (group >= C::kComputing) {
@@ -121,7 +125,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             shrink_registers<C::kProducerRegisters>();
             producer.run(k_map, v_map);
         }
-        if (p.num_splits.value > 1) arrive_threads<kBlockBarrier, C::kThreads>();
+        if constexpr (C::kCluster) {
+            __syncwarp();
+            cluster_wait();  // as all that arrive must
+        } else if (p.num_splits.value > 1) {
+            arrive_threads<kBlockBarrier, C::kThreads>();
+        }
     } else {
         const int lane = threadIdx.x % 32;
         Consumer<C> consumer{
@@ -140,7 +149,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         grow_registers<C::kConsumerRegisters>();
         consumer.run();
 
-        if (p.num_splits.value > 1) {
+        if constexpr (C::kCluster) {
+            const uint32_t parts = tiles + p.stages.value * 2 * C::kTileBytes;
+            ClusterMerge<C>{
+                p, consumer, consumer.w, barriers + C::kArrived, parts, int(threadIdx.x) / 32, lane}
+                .run();
+        } else if (p.num_splits.value > 1) {
             const Work& done = consumer.w;
             const bool merges = done.merges(p);
             constexpr int kConsumers = C::kComputing * kGroupThreads;
@@ -222,7 +236,13 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
     MK_CHECK_VALUE(plan.num_splits <= kMostSplits, "num_splits: expected up to ", kMostSplits,
                    ", got ", plan.num_splits);
     std::optional<WorkMemory> work;
-    if (plan.num_splits > 1) {
+    if constexpr (C::kCluster) {
+        MK_CHECK_VALUE(plan.num_splits <= kMostCluster, "num_splits: expected up to ", kMostCluster,
+                       " in a cluster, got ", plan.num_splits);
+        cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {1, static_cast<unsigned>(plan.num_splits), 1};
+    } else if (plan.num_splits > 1) {
         const int64_t rows = blocks * plan.num_splits * C::kRows;
         work.emplace(rows * (C::kDim + 2) * 4);
         p.partial = static_cast<float4*>(work->data());
@@ -248,11 +268,19 @@ void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t s
     if (current != plan.device) guard.emplace(static_cast<int32_t>(plan.device));
     AttentionParams p = attention_params(plan, addresses);
     const auto with = [&](auto type, auto dim, auto groups, auto fp8) {
-        using C = Config<decltype(type), decltype(dim)::value, decltype(groups)::value,
-                         decltype(fp8)::value>;
+        constexpr int kGroups = decltype(groups)::value;
+        constexpr bool kFp8 = decltype(fp8)::value;
         CUtensorMap maps[2] = {};
         for (int v = 0; v < 2; ++v) maps[v] = tensor_map(plan, v, p);
-        launch<C>(plan, p, maps[0], maps[1], stream);
+        const auto with_cluster = [&](auto cluster) {
+            using C = Config<decltype(type), decltype(dim)::value, kGroups, kFp8,
+                             decltype(cluster)::value>;
+            launch<C>(plan, p, maps[0], maps[1], stream);
+        };
+        if constexpr (kGroups == 1 && !kFp8) {
+            if (plan.cluster) return with_cluster(std::true_type());
+        }
+        with_cluster(std::false_type());
     };
     const auto with_groups = [&](auto type, auto dim, auto groups) {
         if constexpr (std::is_same_v<decltype(type), __nv_bfloat16>) {

@@ -37,6 +37,7 @@ struct AttentionPlan {
     int64_t row_blocks;                          // of a KV head
     int64_t num_splits;                          // of a row block, the most of all levels
     int64_t level_tiles[kLevels], level_splits[kLevels];
+    int64_t cluster;   // whether a row block's splits are one
     int64_t stages;    // of the ring of tiles
     int64_t resident;  // blocks that the device holds at once
     RowStrides q, k_cache, v_cache, k, v, out;

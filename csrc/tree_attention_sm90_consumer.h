@@ -587,7 +587,8 @@ struct Consumer {
     // A split, whose results are left in `out`, or unsplit row blocks, this one and those that the
     // block goes on with.
     __device__ __forceinline__ void run() {
-        load_q();  // before the lengths are there
+        load_q();                                   // before the lengths are there
+        if constexpr (C::kCluster) cluster_wait();  // until the other blocks have begun, meanwhile
         if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
         if (w.idle(p)) return;

@@ -110,6 +110,35 @@ __device__ __forceinline__ void fence_for_wgmma() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- clusters ----
+
+// By all threads of a block, once its barriers are there; orders nothing but these.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+// Until all threads of the cluster have arrived.
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of a block of the cluster.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, int block) {
+    uint32_t x;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(address), "r"(block));
+    return x;
+}
+
+// To such a place; a barrier of that block counts the bytes.
+__device__ __forceinline__ void store_async(uint32_t to, float4 x, uint32_t barrier) {
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, "
+        "[%5];" ::"r"(to),
+        "r"(__float_as_uint(x.x)), "r"(__float_as_uint(x.y)), "r"(__float_as_uint(x.z)),
+        "r"(__float_as_uint(x.w)), "r"(barrier)
+        : "memory");
+}
+
 // ---- copies from global to shared memory ----
 
 // What `createpolicy.fractional.L2::evict_first` with a fraction of 1 gives.

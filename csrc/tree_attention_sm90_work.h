@@ -25,6 +25,7 @@ constexpr int kCopyBarrier = 1, kComputeBarrier = 2, kBlockBarrier = 3, kTurnBar
 // between launches.
 static __device__ uint32_t split_arrivals[2 * kArrivals];
 
+constexpr int kMostCluster = 8;          // splits that merge in a cluster
 constexpr int kMostStages = 12;          // of the ring of tiles
 constexpr int kFree = kMostStages * 16;  // from its barriers to those that say that a tile is free
 constexpr int kKeys = 64;                // of a tile, which lies as [D / 64][keys][64]
@@ -55,8 +56,9 @@ __device__ __forceinline__ uint32_t barrier_of(uint32_t barriers, int v, const R
     return barriers + (v * kMostStages + ring.stage) * 8;
 }
 
-// T: of q, k, v and the results. Fp8: the cache's, e4m3, which fp16 holds exactly.
-template <typename T_, int kDim_, int kGroups_, bool kFp8_>
+// T: of q, k, v and the results. Fp8: the cache's, e4m3, which fp16 holds exactly. Cluster: a row
+// block's splits are one, and merge in its shared memory; else through the GPU's.
+template <typename T_, int kDim_, int kGroups_, bool kFp8_, bool kCluster_ = false>
 struct Config {
     using T = T_;
     static constexpr bool kFp8 = kFp8_;
@@ -64,6 +66,8 @@ struct Config {
     using Cached = std::conditional_t<kFp8, uint8_t, T>;
     static constexpr int kDim = kDim_;
     static constexpr int kGroups = kGroups_;  // of 64 rows
+    static constexpr bool kCluster = kCluster_;
+    static_assert(!kCluster || (kGroups == 1 && !kFp8));
     static constexpr int kRows = 64 * kGroups;
     // Where the ring is short the tail comes third, as it takes longest to copy; else last.
     static constexpr bool kTailThird = kGroups == 1 && !kFp8;
@@ -103,18 +107,23 @@ struct Config {
     // From the V of a stage to the next one's, in the ring that is multiplied.
     static constexpr int kVStep = kFp8 ? kConvertedBytes : 2 * kTileBytes;
 
-    // Shared memory, from a multiple of 1024 on: barriers of both rings, `Next`, converted tiles,
-    // and of each stage K and V.
+    // Shared memory, from a multiple of 1024 on: barriers of both rings, `Next`, the barrier at
+    // which a cluster's results arrive, converted tiles, of each stage K and V, and these results.
     static constexpr int kConvertedBarriers = 4 * kMostStages * 8;
     // From the barriers of the V that is multiplied to those that say that it is free.
     static constexpr int kFreeV = kFp8 ? kConverted * 8 : kFree;
     static constexpr int kNext = kConvertedBarriers + 2 * kConverted * 8;
+    static constexpr int kArrived = kNext + 24;
     static constexpr int kConvertedTiles = 1024;
     static constexpr int kTiles = kConvertedTiles + kConverted * kConvertedBytes;
+    // What splits of a cluster exchange: parts of 16 rows and an eighth of the dims, and of these
+    // rows references and sums. Of all splits a block merges at most 6 parts of 6 splits.
+    static constexpr int kPartBytes = kDim / 64 * 32 * 16 + 8 * 16;
+    static constexpr int kMostParts = 36;
     static constexpr int shared_bytes(int stages) {
-        return 1024 + kTiles + 2 * stages * kTileBytes;
+        return 1024 + kTiles + 2 * stages * kTileBytes + (kCluster ? kMostParts * kPartBytes : 0);
     }
-    static_assert(kNext + 24 <= kConvertedTiles);
+    static_assert(kArrived + 8 <= kConvertedTiles);
     // Where K (0) or V (1) lies in the ring, as it comes.
     __device__ __forceinline__ static uint32_t tile(uint32_t tiles, int v, const Ring& ring) {
         return tiles + (2 * ring.stage + v) * kTileBytes;

@@ -62,7 +62,11 @@ def test_no_kernel_spills():
     assert len(kernels) >= len(OPERATORS) * len(_ops.build_info()["cuda_archs"])
     # accept_kernel's many paths share 64 registers a thread, and leave some scalars on the stack, most on sm_80.
     # Hopper's attention to an fp8 cache has 512 threads and leaves some there, outside its main loop.
-    limits = {("accept_kernel", "sm_80"): 80, ("accept_kernel", "sm_"): 32, ("ELb1EEEEEv14CUtensorMap", "sm_90a"): 80}
+    limits = {
+        ("accept_kernel", "sm_80"): 80,
+        ("accept_kernel", "sm_"): 32,
+        ("ELb1ELb0EEEEEv14CUtensorMap", "sm_90a"): 80,
+    }
 
     def allowed(name: str, arch: str) -> int:
         return next((n for (part, of), n in limits.items() if part in name and of in arch), 0)
@@ -106,7 +110,7 @@ def test_attention_of_one_warpgroup_stays_cached(hopper_kernels):
         for name, code in hopper_kernels.items()
         if re.search(r"tree_attention_kernel.*Li1ELb0E", name)  # one group of 64 rows, no fp8
     }
-    assert len(sizes) == 4  # bfloat16 and fp16, head dims of 64 and 128
+    assert len(sizes) == 8  # bfloat16 and fp16, head dims of 64 and 128, splits that merge in a cluster or not
     assert all(0 < size < 60 * 1024 for size in sizes.values()), sizes
 
 

@@ -1,6 +1,7 @@
 """Hopper's CUDA kernel for tree attention against the reference, with every block size and number of splits."""
 
 import ctypes
+import itertools
 import math
 import re
 from functools import partial
@@ -19,14 +20,14 @@ BASE = {
 }  # fmt: skip
 
 
-def kernel(groups=1, num_splits=None, stages=None):
+def kernel(groups=1, num_splits=None, stages=None, cluster=None):
     def run(q, k_cache, v_cache, tree, cache_seqlens, config=None, **kw):
         k, v, table = kw.get("k"), kw.get("v"), kw.get("block_table")
         out = torch.full_like(q, NAN)
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), NAN, dtype=torch.float32)
         launch = _sm90.prepare(
             q, k_cache, v_cache, k, v, tree.packed_mask, table, None, kw.get("k_scale"), 0, 0.0, q.shape[-1] ** -0.5,
-            out, attention._sms_and_arch(0)[0], groups, num_splits, stages,
+            out, attention._sms_and_arch(0)[0], groups, num_splits, stages, cluster,
         )  # fmt: skip
         assert launch is not None
         tensors = (
@@ -59,26 +60,60 @@ def hopper():
 )  # fmt: skip
 def test_gpu_blocks_and_splits(hopper, options, num_splits, groups):
     """lengths [0, 64]: more splits than tiles, and tiles that hold nodes alone."""
-    check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits))
+    check(Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(groups, num_splits, cluster=False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"head_dim": 64}, {"dtype": torch.float16}, {"append": True, "block_size": 16, "head_dim": 64},
+        {"lengths": [0, 64], "num_nodes": [64, 40]}, {"size": 7, "num_nodes": [7, 0], "group": 1, "head_dim": 64},
+        {"size": 130, "num_nodes": [130, 127], "append": True, "group": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gpu_clusters(hopper, options, num_splits):
+    """Splits that merge in a cluster; again, as who comes first differs: the same bits."""
+    case, run = Case(**{**BASE, "heads_kv": 1, **options}, device="cuda"), kernel(1, num_splits, cluster=True)
+    check(case, run)
+    q, k_cache, v_cache, tree, lengths, kw = case.build()
+    first = run(q, k_cache, v_cache, tree, lengths, **kw)
+    for _ in range(20):
+        again = run(q, k_cache, v_cache, tree, lengths, **kw)
+        assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(again, first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gpu_more_clusters_than_fit(hopper, head_dim):
+    """They take turns."""
+    options = {"lengths": [300, 1000], "heads_kv": 16, "size": 32, "num_nodes": [32, 32], "head_dim": head_dim}
+    check(Case(**{**BASE, **options}, device="cuda"), kernel(1, 4, cluster=True))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "options", [{}, {"size": 1, "group": 4}, {"fp8": True}, {"head_dim": 64, "block_size": 16}], ids=str
 )
-@pytest.mark.parametrize("append", [False, True])
-def test_gpu_splits_by_length(hopper, options, append):
+@pytest.mark.parametrize("append, cluster", [(False, False), (True, False), (True, True)])
+def test_gpu_splits_by_length(hopper, options, append, cluster):
     """Requests of one batch on both sides of every level, and such as have nothing: blocks without a part."""
     case = {**BASE, "heads_kv": 1, "size": 16, "append": append, **options}
     size = case["size"]
     rows, fp8 = size * case["group"], case.get("fp8", False)
-    levels = _sm90.choose_levels(rows, 12, 6003 + size, 132, case["head_dim"], fp8)[1]
+    if cluster and fp8:
+        pytest.skip("an fp8 cache has none")
+    levels = _sm90.choose_levels(rows, 12, 6003 + size, 132, case["head_dim"], fp8, None, cluster)[2]
     assert len({splits for _, splits in levels}) > 1
     lengths = [6000, *(tiles * 64 + more - size for tiles, _ in levels[1:] for more in (0, 1)), 1, 0, 0]
     lengths = (lengths + [777] * 12)[:12]
     num_nodes = [size] * 12
     num_nodes[7] = 0
-    check(Case(**{**case, "lengths": lengths, "num_nodes": num_nodes}, device="cuda"), kernel(None, None))
+    check(
+        Case(**{**case, "lengths": lengths, "num_nodes": num_nodes}, device="cuda"), kernel(None, None, cluster=cluster)
+    )
 
 
 @pytest.mark.gpu
@@ -98,7 +133,7 @@ def test_gpu_most_splits(hopper, head_dim, fp8, size, num_splits):
 def test_gpu_stages(hopper, groups, stages, num_splits, block_size):
     """Rings of all lengths, of which a row block has many rounds; blocks that stay, where unsplit."""
     options = {**BASE, "lengths": [1700, 900], "heads_kv": 2 if num_splits > 1 else 80, "block_size": block_size}
-    check(Case(**options, append=True, device="cuda"), kernel(groups, num_splits, stages))
+    check(Case(**options, append=True, device="cuda"), kernel(groups, num_splits, stages, cluster=False))
 
 
 @pytest.mark.gpu
@@ -229,31 +264,47 @@ def test_plan_is_the_kernels_struct():
 
 def test_choose():
     """Splits fit the GPU at once; none where blocks fill it without; more for a longer cache."""
+    Choice = _sm90.Choice
     for rows, heads, capacity in ((64, 1, 100), (256, 8, 8256), (64, 32, 2048), (256, 64, 4160), (1, 600, 64)):
-        groups, splits = _sm90.choose(rows, heads, capacity, 132)
+        chosen = _sm90.choose(rows, heads, capacity, 132)
+        groups, splits = chosen.groups, chosen.num_splits
         blocks = heads * math.ceil(rows / (64 * groups))
         assert 1 <= splits <= min(_sm90.MAX_SPLITS, math.ceil(capacity / 64)) and groups <= (2 if rows > 64 else 1)
         assert splits == 1 or blocks * splits <= (264 if groups == 1 else 132)
-    assert _sm90.choose(256, 64, 4160, 132) == (2, 1)
-    assert _sm90.choose(256, 8, 8256, 132) == (1, 8)
-    assert _sm90.choose(256, 8, 32832, 132) == (2, 8)
-    assert _sm90.choose(256, 128, 1064, 132) == (2, 1)  # blocks of one group do not stay for a second wave
-    assert _sm90.choose(256, 8, 1088, 132) == (1, 4)
-    assert _sm90.choose(256, 8, 1088, 132, groups=2)[0] == 2
-    assert _sm90.choose(128, 1, 320, 132)[1] < _sm90.choose(128, 1, 8256, 132)[1]
+    assert _sm90.choose(256, 64, 4160, 132) == Choice(2, False, 1)
+    assert _sm90.choose(256, 8, 8256, 132) == Choice(1, False, 8)
+    assert _sm90.choose(256, 8, 32832, 132) == Choice(2, False, 8)
+    assert _sm90.choose(256, 128, 1064, 132) == Choice(2, False, 1)  # one group's blocks do not stay for a second wave
+    assert _sm90.choose(256, 8, 1088, 132, groups=2).groups == 2
+    assert _sm90.choose(128, 1, 320, 132).num_splits < _sm90.choose(128, 1, 8256, 132).num_splits
+
+
+def test_choose_clusters():
+    """For short caches of few KV heads, so that all clusters fit; of an fp8 cache none."""
+    assert _sm90.choose(192, 3, 1088, 132, 64) == _sm90.Choice(1, True, 8)
+    assert _sm90.choose(4, 8, 1025, 132) == _sm90.Choice(1, True, 8)
+    assert not _sm90.choose(4, 8, 8193, 132).cluster and not _sm90.choose(4, 8, 1025, 132, fp8=True).cluster
+    for rows, heads, capacity in itertools.product((1, 64, 200), (1, 3, 8, 32), (200, 1088, 4160)):
+        chosen = _sm90.choose(rows, heads, capacity, 132, groups=1, cluster=True)
+        blocks = heads * math.ceil(rows / 64) * chosen.num_splits
+        assert chosen.num_splits == 1 or (chosen.num_splits <= 8 and blocks <= 105)
 
 
 @pytest.mark.parametrize("rows, heads, capacity", [(256, 8, 8256), (4, 8, 32769), (64, 32, 300), (192, 3, 8256)])
 def test_splits_by_length(rows, heads, capacity):
     """A request has the splits of a cache with room for no more than it; the levels are few, so not always quite."""
-    groups, levels = _sm90.choose_levels(rows, heads, capacity, 132)
-    choose = partial(_sm90.choose, rows, heads, num_sms=132, groups=groups)
-    assert len(levels) == _sm90.LEVELS and levels[0] == (0, choose(capacity=capacity)[1])
+    groups, cluster, levels = _sm90.choose_levels(rows, heads, capacity, 132)
+    half = _sm90.choose(rows, heads, capacity // 2, 132)
+    assert (groups, cluster) == (half.groups, half.cluster)
+    choose = partial(_sm90.choose, rows, heads, num_sms=132, groups=groups, cluster=cluster)
+    assert len(levels) == _sm90.LEVELS and levels[0] == (0, choose(capacity=capacity).num_splits)
     for (reach, splits), (shorter, fewer) in pairwise([(capacity // 64, levels[0][1]), *levels[1:]]):
         assert (shorter, fewer) == (reach, splits) or (0 < shorter < reach and fewer < splits)
-        assert fewer == choose(capacity=shorter * 64)[1]
+        assert fewer == choose(capacity=shorter * 64).num_splits
     if capacity == 8256 and rows == 256:
-        assert [splits for reach, splits in levels if 17 <= (reach or 1000)][-1] == choose(capacity=1088)[1] == 4
+        assert (
+            [splits for reach, splits in levels if 17 <= (reach or 1000)][-1] == choose(capacity=1088).num_splits == 4
+        )
 
 
 def prepare(case, **chosen):
