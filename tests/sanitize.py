@@ -60,7 +60,7 @@ def run_attention():
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):  # more splits than are merged at once
         attention(4, 1, 128, dtype, [12000], [20])
     attention(9, 3, 64, torch.bfloat16, [900, 40], [20, 7])  # splits merge in clusters
-    attention(8, 2, 128, torch.float16, [700], [20], block_size=16)
+    attention(8, 2, 128, torch.bfloat16, [700], [20], block_size=16)
     attention(160, 40, 128, torch.float8_e4m3fn, [400, 130, 64], [64, 64, 1])
     attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1])  # Hopper's own kernel
     attention(160, 40, 128, torch.bfloat16, [400, 130, 64], [64, 64, 1], block_size=16)
