@@ -69,12 +69,12 @@ def splits(case: Case, num_sms: int, arch: int) -> list[Choice]:
 @contextmanager
 def replaced(module: ModuleType, **functions: Callable):
     """Within this, `tree_attention` prepares its launches with these functions of a module of its own."""
-    attention._calls.clear()  # launches prepared otherwise
+    attention._known.clear()  # launches prepared otherwise
     try:
         with mock.patch.multiple(module, **functions):
             yield
     finally:
-        attention._calls.clear()
+        attention._known.clear()
 
 
 def forced_splits(config: Choice):

@@ -6,8 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import _sm90
-from ._calls import new_calls
+from . import _calls, _sm90
 from ._checks import check_tensor, debug_enabled
 from .tree import TokenTree
 
@@ -81,7 +80,7 @@ def tree_attention(
     known = None  # whether this call was made before, and so passed the checks: and made again just now
     tensors: tuple[Tensor | None, ...] | None = None
     options = (softmax_scale, window, softcap, batch_invariant, True)  # checked: what `_launch` knows is not
-    if isinstance(tree, TokenTree) and not _traced():
+    if isinstance(tree, TokenTree) and not _calls.traced():
         try:
             if result is None:
                 result = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -96,7 +95,7 @@ def tree_attention(
         except (AttributeError, IndexError, TypeError, RuntimeError):  # not what it should be: the check says it
             tensors, result = None, out
     if tensors is not None and not debug_enabled():
-        known = _calls.call(tensors, options)
+        known = _known.call(tensors, options)
     if known is None:
         _check(
             tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
@@ -119,12 +118,12 @@ def tree_attention(
         op = torch.ops.medusa_kernels.tree_attention if k is None else torch.ops.medusa_kernels.tree_attention_append
         op(q, k_cache, v_cache, *new, *rest)
         if tensors is not None and (known is None or q.is_cuda):
-            launched = _calls.find(tensors, (scale, window or 0, float(softcap), batch_invariant))
-            _calls.remember(tensors, options, launched or _through_op)
+            launched = _known.find(tensors, (scale, window or 0, float(softcap), batch_invariant))
+            _known.remember(tensors, options, launched or _through_op)
     return result if lse is None else (result, lse)
 
 
-_calls = new_calls()
+_known = _calls.new_calls()
 
 
 def _through_op(addresses: list[int]) -> bool:
@@ -134,15 +133,6 @@ def _through_op(addresses: list[int]) -> bool:
 
 def _new_lse(q: Tensor) -> Tensor:
     return torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-
-
-def _traced() -> bool:
-    """Whether something has to see the operator: a compiler, a dispatch mode, a transform."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    )
 
 
 def _check(tree, q, k_cache, v_cache, cache_seqlens, k, v, block_table, softmax_scale, window, softcap, sinks,
@@ -241,7 +231,7 @@ def _launch(
         out, lse,
     )  # fmt: skip
     options = (softmax_scale, window, softcap, batch_invariant)
-    if _calls.call(tensors, options):
+    if _known.call(tensors, options):
         return
     num_sms, arch = _sms_and_arch(q.device.index)
     if arch == 90 and not batch_invariant:
@@ -251,7 +241,7 @@ def _launch(
         )  # fmt: skip
         if again is not None:
             again([0 if x is None else x.data_ptr() for x in tensors])
-            _calls.remember(tensors, options, again)
+            _known.remember(tensors, options, again)
             return
     from ._triton.launch import Launcher
 
@@ -260,14 +250,14 @@ def _launch(
         _launch_kernels(*(*launcher.tensors[:13], *options, *launcher.tensors[13:], launcher))
         replay = launcher.replay()
     if replay is not None:
-        _calls.remember(tensors, options, replay)
+        _known.remember(tensors, options, replay)
 
 
 def _launch_kernels(
     q, k_cache, v_cache, k, v, packed_mask, depths, num_nodes, cache_seqlens, block_table, sinks, k_scale, v_scale,
     softmax_scale, window, softcap, batch_invariant, out, lse, launcher,
 ) -> None:  # fmt: skip
-    """Choose the Triton kernel and its tiles, by nothing but what `_calls` tells calls by."""
+    """Choose the Triton kernel and its tiles, by nothing but what `_known` tells calls by."""
     from ._triton import tree_attention as kernels
 
     batch, size, heads, head_dim = q.shape

@@ -290,9 +290,9 @@ def test_replayed_launches_are_tritons_own(launches, monkeypatch):
     functions = set()
     for options in variants:
         arguments = operator_arguments(**options)
-        remembered = attention._calls.values()
+        remembered = attention._known.values()
         attention._launch(*arguments)
-        assert attention._calls.values() == remembered, f"{options}: not made again, but anew"
+        assert attention._known.values() == remembered, f"{options}: not made again, but anew"
         again = comparable(launches, arguments)
         with monkeypatch.context() as nothing_known:
             nothing_known.setattr(attention, "_calls", new_calls())
@@ -305,7 +305,7 @@ def test_replayed_launches_are_tritons_own(launches, monkeypatch):
 def test_replay_gives_way_to_hooks_and_settings(launches):
     arguments = operator_arguments()
     attention._launch(*arguments)
-    (again,) = attention._calls.values()
+    (again,) = attention._known.values()
     tensors = operator_arguments()[:13] + arguments[-2:]
     assert again([0 if x is None else x.data_ptr() for x in tensors])
     launches.clear()

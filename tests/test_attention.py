@@ -547,9 +547,9 @@ def replay_variants(device):
 def triton_alone(monkeypatch):
     """No launch by Hopper's CUDA kernel, which would take most of the calls."""
     monkeypatch.setattr(_sm90, "prepare", lambda *args: None)
-    attention._calls.clear()
+    attention._known.clear()
     yield
-    attention._calls.clear()
+    attention._known.clear()
 
 
 @pytest.mark.gpu
@@ -557,16 +557,16 @@ def test_gpu_replayed_launch_equals_tritons_own(triton_alone):
     """Variants one after another, each twice on other tensors, then once more with nothing remembered."""
     for (args, kw), (args_2, kw_2) in zip(replay_variants("cuda"), replay_variants("cuda")):
         tree_attention(*args, **kw)
-        replays = [again for again in attention._calls.values() if again is not attention._through_op]
+        replays = [again for again in attention._known.values() if again is not attention._through_op]
         got = tree_attention(*args_2, **kw_2)
         caches = [x.clone() for x in args_2[1:3]]
         assert replays
-        attention._calls.clear()
+        attention._known.clear()
         expected = tree_attention(*args_2, **kw_2)
         for x, y in zip(got, expected) if kw.get("return_lse") else [(got, expected)]:
             assert torch.equal(x, y)
         assert all(torch.equal(x, y) for x, y in zip(caches, args_2[1:3]))
-    attention._calls.clear()
+    attention._known.clear()
     calls = replay_variants("cuda")  # all remembered at once
     expected = [tree_attention(*args, **kw) for args, kw in calls]
     for (args, kw), y in zip(calls, expected):
@@ -657,10 +657,10 @@ def test_only_checked_calls_pass_without_checks():
     case = Case([30], [8], 8, window=5)
     q, k_cache, v_cache, tree, lens, _ = case.build()
     launched = []
-    attention._calls.clear()
+    attention._known.clear()
     tensors = (q, k_cache, v_cache, None, None, tree.packed_mask, tree.depths, tree.num_nodes, lens, *[None] * 4, q)
-    attention._calls.remember((*tensors, None), (0.25, 5, 0.0, False), lambda addresses: not launched.append(addresses))
+    attention._known.remember((*tensors, None), (0.25, 5, 0.0, False), lambda addresses: not launched.append(addresses))
     for calls in (0, 1):  # the second one passed the checks before
         tree_attention(q, k_cache, v_cache, tree, lens, softmax_scale=0.25, window=5, out=torch.empty_like(q))
         assert len(launched) == calls
-    attention._calls.clear()
+    attention._known.clear()
