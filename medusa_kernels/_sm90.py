@@ -4,7 +4,7 @@ import ctypes
 import math
 import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -138,7 +138,7 @@ class Choice:
     num_splits: int
 
 
-@cache
+@lru_cache(1024)
 def choose_levels(
     rows: int, heads: int, capacity: int, num_sms: int, dim: int = 128, fp8: bool = False, groups: int | None = None,
     cluster: bool | None = None,
@@ -152,12 +152,13 @@ def choose_levels(
 
     tiles = math.ceil(capacity / KEYS)
     levels = [(0, splits(capacity))]
-    while tiles > 1:
+    while tiles > 1 and len(levels) < LEVELS:
         tiles = tiles * 3 // 4
         fewer = splits(tiles * KEYS)
         if fewer <= levels[-1][1] * 3 // 4:
             levels.append((tiles, fewer))
-    return half.groups, half.cluster, (levels + [levels[-1]] * LEVELS)[:LEVELS]
+    levels += [levels[-1]] * (LEVELS - len(levels))
+    return half.groups, half.cluster, levels
 
 
 def choose(
