@@ -25,18 +25,16 @@
 // its first scores taken while the results of that one are written.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
 #include <atomic>
 #include <cstdint>
-#include <exception>
 #include <optional>
-#include <string>
 #include <type_traits>
 
 #include "arrivals.h"
 #include "early_launch.h"
+#include "plans.h"
 #include "tree_attention_sm90_args.h"
 #include "tree_attention_sm90_cluster.h"
 #include "tree_attention_sm90_consumer.h"
@@ -262,10 +260,6 @@ void launch(const AttentionPlan& plan, AttentionParams& p, const CUtensorMap& k_
 void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t stream) {
     MK_CHECK_VALUE(plan.bytes == sizeof plan, "plan: expected ", sizeof plan, " bytes, got ",
                    plan.bytes);
-    int current;
-    STD_CUDA_CHECK(cudaGetDevice(&current));
-    std::optional<torch::stable::accelerator::DeviceGuard> guard;
-    if (current != plan.device) guard.emplace(static_cast<int32_t>(plan.device));
     AttentionParams p = attention_params(plan, addresses);
     const auto with = [&](auto type, auto dim, auto groups, auto fp8) {
         constexpr int kGroups = decltype(groups)::value;
@@ -302,16 +296,13 @@ void launch(const AttentionPlan& plan, const uint64_t* addresses, cudaStream_t s
 }  // namespace
 }  // namespace medusa_kernels
 
-// Called by medusa_kernels/_sm90.py and csrc/fast_calls.cpp without a dispatcher in between: once a
-// layer and step, it would cost as much as the kernel. Returns what went wrong, or null.
-extern "C" __attribute__((visibility("default"))) const char* medusa_kernels_tree_attention_sm90(
-    const medusa_kernels::AttentionPlan* plan, const uint64_t* addresses, void* stream) {
-    static thread_local std::string error;
-    try {
-        medusa_kernels::launch(*plan, addresses, static_cast<cudaStream_t>(stream));
-        return nullptr;
-    } catch (const std::exception& e) {
-        error = e.what();
-        return error.c_str();
-    }
+// The only way to call it: once a layer and step, a dispatcher would cost as much as the kernel.
+MK_MAKES_CALLS_AGAIN medusa_kernels_tree_attention_sm90(const void* plan, const uint64_t* addresses,
+                                                        void* stream) {
+    using namespace medusa_kernels;
+    return error_of([&] {
+        const auto& p = *static_cast<const AttentionPlan*>(plan);
+        on_device(static_cast<int>(p.device),
+                  [&] { launch(p, addresses, static_cast<cudaStream_t>(stream)); });
+    });
 }

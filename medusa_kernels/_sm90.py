@@ -2,15 +2,14 @@
 
 import ctypes
 import math
-import struct
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import _ops
+from ._calls import Launch
 
 KEYS = 64  # of a tile
 MAX_SPLITS = 64  # of a row block
@@ -18,7 +17,6 @@ MAX_CLUSTER = 8  # splits that merge in a cluster
 _STRIDES = ctypes.c_int64 * 3
 LEVELS = 3  # of a request's length, each with its splits
 _LEVELS = ctypes.c_int64 * LEVELS
-_ADDRESSES = struct.Struct("15Q")  # a third of the time of an array of ctypes
 
 
 class _Plan(ctypes.Structure):
@@ -40,34 +38,10 @@ class _Plan(ctypes.Structure):
 @cache
 def _kernel():
     """The launch in the compiled library, or None where it was built without."""
-    if not _ops.HAS_CUDA_OPS:
+    try:
+        return _ops.function("tree_attention_sm90", True) if _ops.HAS_CUDA_OPS else None
+    except AttributeError:
         return None
-    library = ctypes.PyDLL(str(Path(__file__).parent / "_ops_cuda.so"))
-    launch = getattr(library, "medusa_kernels_tree_attention_sm90", None)
-    if launch is not None:
-        launch.restype = ctypes.c_char_p
-        launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return launch
-
-
-class Launch:
-    """One call's launch, to be made again at other addresses: those of `tree_attention`'s tensors in the order of its
-    launch, 0 for None."""
-
-    def __init__(self, plan: _Plan):
-        self.plan = plan
-
-    @property
-    def native(self) -> tuple[int, int, int]:
-        """The function, its plan and its device: csrc/fast_calls.cpp makes the launch by itself."""
-        return ctypes.cast(_kernel(), ctypes.c_void_p).value or 0, ctypes.addressof(self.plan), self.plan.device
-
-    def __call__(self, addresses: list[int]) -> bool:
-        stream = torch._C._cuda_getCurrentRawStream(self.plan.device)
-        error = _kernel()(ctypes.addressof(self.plan), _ADDRESSES.pack(*addresses), stream)
-        if error is not None:
-            raise RuntimeError(error.decode())
-        return True
 
 
 def prepare(
@@ -128,7 +102,7 @@ def prepare(
         block_table.stride(0) if paged and batch > 1 else 0, k_scale is not None and k_scale.numel() > 1,
         softmax_scale * math.log2(math.e),
     )  # fmt: skip
-    return Launch(plan)
+    return Launch(_kernel(), plan, ctypes.addressof(plan), plan.device)
 
 
 @dataclass(frozen=True)

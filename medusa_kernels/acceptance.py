@@ -143,7 +143,7 @@ def accept_candidates(
             return Acceptance(*_ops.op("accept_candidates", logits.is_cuda)(*arguments, True))
         launch = None
         if _calls.are_plain(tensors):
-            launch = _calls.Launch("accept_candidates", arguments, logits.device)
+            launch = _calls.planned("accept_candidates", arguments, logits.device)
         check_out("out", out, logits.shape[0], tree.max_depth + 1, logits.device)
         if launch is None:
             for result, value in zip(out, torch.ops.medusa_kernels.accept_candidates(*arguments)):

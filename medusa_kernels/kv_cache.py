@@ -61,7 +61,7 @@ def compact_kv_cache(
             _check_values(caches[0], lead_dims, path, accept_length, cache_seqlens, block_table)
         nested = lead_dims > 0 or all(isinstance(layer, (tuple, list)) for layer in layers)
         if nested and _calls.are_plain(tensors):
-            launch = _calls.Launch("compact_kv_cache", arguments, caches[0].device)
+            launch = _calls.planned("compact_kv_cache", arguments, caches[0].device)
             launch(_calls.addresses(tensors))
             _known.remember(tensors, (lead_dims,), launch)
         else:

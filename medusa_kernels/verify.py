@@ -135,7 +135,7 @@ def finish_step(
         try:
             launch = None
             if _calls.are_plain(tensors):
-                launch = _calls.Launch("finish_step", arguments, max_tokens.device)
+                launch = _calls.planned("finish_step", arguments, max_tokens.device)
             _check_out(out, tokens.shape[0], tokens.shape[1], tokens.device)
             if launch is None:
                 for result, value in zip((report, done), torch.ops.medusa_kernels.finish_step(*arguments)):

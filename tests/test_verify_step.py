@@ -246,7 +246,7 @@ def test_known_calls_make_steps(monkeypatch):
             reports.append(step.report.tolist())
             assert step.new_tokens.tolist() == [row[:-1] for row in reports[-1]]
             if out is not None:
-                monkeypatch.setattr(_calls, "Launch", None)  # nothing is planned from now on
+                monkeypatch.setattr(_calls, "planned", None)  # nothing is planned from now on
         results.append((reports, lengths.tolist(), root.tolist()))
     assert results[0] == results[1] and results[0][1] == [11, 3]
     assert len(verify._known.values()) == 1 and len(verify._checked.values()) == 2  # with `out` and without
