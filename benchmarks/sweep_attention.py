@@ -4,7 +4,7 @@
     python benchmarks/sweep_attention.py --cases table --out sweep.json
     python benchmarks/sweep_attention.py --kernel hopper --cases 'nodes,gqa_b1_8k/L3000,mha_b1_4k/B3/L700'
 
-Prints for each case the time with the choice of `tile_config` (Triton's plain kernel) or `_sm90.choose` (Hopper's), the
+Prints for each case the time with the choice of `tile_config` (Triton's plain kernel) or `_sm90.choose_levels` (Hopper's), the
 best variant and what it would save. Triton's variants compile in parallel first, as compiling takes longer than timing.
 """
 
@@ -45,9 +45,11 @@ TILES = [
 
 
 def chosen_splits(case: Case, num_sms: int, arch: int) -> Choice:
+    """What a request that fills its room gets."""
     rows = case.nodes * case.heads // case.heads_kv
     heads = case.batch * case.heads_kv
-    return _sm90.choose(rows, heads, case.capacity, num_sms, case.head_dim, case.fp8)
+    groups, cluster, levels = _sm90.choose_levels(rows, heads, case.capacity, num_sms, case.head_dim, case.fp8)
+    return Choice(groups, cluster and levels[0][1] > 1, levels[0][1])
 
 
 def splits(case: Case, num_sms: int, arch: int) -> list[Choice]:
@@ -79,7 +81,8 @@ def replaced(module: ModuleType, **functions: Callable):
 
 def forced_splits(config: Choice):
     """Within this, `tree_attention` runs Hopper's kernel, where that serves the case, with these splits."""
-    return replaced(_sm90, choose=lambda *_: config, choose_levels=_sm90.choose_levels.__wrapped__)
+    levels = [(0, config.num_splits)] * _sm90.LEVELS
+    return replaced(_sm90, choose_levels=lambda *_: (config.groups, config.cluster, levels))
 
 
 def chosen(case: Case, num_sms: int, arch: int) -> TileConfig:

@@ -131,6 +131,16 @@ struct FinishPlan {
     int32_t device;
 };
 
+// The operator.
+inline Tensor finish_step_plan(Tensor accept_length, Tensor last_node, Tensor tokens,
+                               Tensor next_token, Tensor finished, Tensor max_tokens, Tensor root,
+                               std::optional<Tensor> eos_values, std::vector<int64_t> eos,
+                               std::optional<Tensor> hidden, std::optional<Tensor> last_hidden) {
+    const FinishArgs a = finish_args(accept_length, last_node, tokens, next_token, finished,
+                                     max_tokens, root, eos_values, eos, hidden, last_hidden);
+    return plan_tensor(FinishPlan{a, tokens.get_device_index()});
+}
+
 // Of a call made again, in the order in which medusa_kernels/verify.py has its tensors.
 inline void set_addresses(FinishArgs& a, Addresses next) {
     next(a.accept_length);

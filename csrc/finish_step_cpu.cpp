@@ -18,15 +18,6 @@ std::tuple<Tensor, Tensor> finish_step(Tensor accept_length, Tensor last_node, T
     return outputs;
 }
 
-Tensor finish_step_plan(Tensor accept_length, Tensor last_node, Tensor tokens, Tensor next_token,
-                        Tensor finished, Tensor max_tokens, Tensor root,
-                        std::optional<Tensor> eos_values, std::vector<int64_t> eos,
-                        std::optional<Tensor> hidden, std::optional<Tensor> last_hidden) {
-    const FinishArgs a = finish_args(accept_length, last_node, tokens, next_token, finished,
-                                     max_tokens, root, eos_values, eos, hidden, last_hidden);
-    return plan_tensor(FinishPlan{a, tokens.get_device_index()});
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(medusa_kernels, CPU, m) {

@@ -295,7 +295,13 @@ void take(const char*& bytes, std::vector<T>& all) {
     take(bytes, all.data(), count);
 }
 
-inline torch::stable::Tensor compact_plan(const CompactArgs& args) {
+// The operator.
+inline torch::stable::Tensor compact_kv_cache_plan(
+    std::vector<torch::stable::Tensor> kv, int64_t lead_dims, torch::stable::Tensor path,
+    torch::stable::Tensor accept_length, torch::stable::Tensor cache_seqlens,
+    std::optional<torch::stable::Tensor> block_table) {
+    const CompactArgs args =
+        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table);
     std::string bytes;
     put<CompactHead>(bytes, &args);
     put(bytes, args.layouts);

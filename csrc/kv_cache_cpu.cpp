@@ -35,13 +35,6 @@ void compact_kv_cache(std::vector<Tensor> kv, int64_t lead_dims, Tensor path, Te
     compact(compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table));
 }
 
-Tensor compact_kv_cache_plan(std::vector<Tensor> kv, int64_t lead_dims, Tensor path,
-                             Tensor accept_length, Tensor cache_seqlens,
-                             std::optional<Tensor> block_table) {
-    return compact_plan(
-        compact_args(kv, lead_dims, path, accept_length, cache_seqlens, block_table));
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(medusa_kernels, CPU, m) {

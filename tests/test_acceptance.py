@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from test_calls import Odd, Seen
 
 from medusa_kernels import TokenTree, _calls, _ops, acceptance, reference
 from medusa_kernels.acceptance import Acceptance, AcceptMode, accept_candidates
@@ -464,20 +464,6 @@ def test_bad_out(field, wrong, known):
 def test_out_of_another_type(out):
     with pytest.raises(TypeError, match=r"^out: expected an Acceptance"):
         accept_candidates(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), TokenTree.chain(2), out=out)
-
-
-class Odd(torch.Tensor):
-    pass
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_out_where_something_has_to_see_the_operator():

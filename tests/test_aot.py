@@ -236,7 +236,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(attention, "_sms_and_arch", lambda device: (132, 90))
     monkeypatch.setattr(_sm90, "_kernel", lambda: None)  # which a PyTorch with CUDA would load
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(attention, "_calls", new_calls())
+    monkeypatch.setattr(attention, "_known", new_calls())
     return fake.made
 
 

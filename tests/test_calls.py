@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from medusa_kernels import _calls
 
@@ -93,7 +94,19 @@ def test_tuples_and_lists_are_one_call(calls):
 
 
 class Odd(Tensor):
-    pass
+    """A subclass, which may be anything."""
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_calls import Odd, Seen
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from medusa_kernels import _calls, _ops, kv_cache, reference
 from medusa_kernels.kv_cache import compact_kv_cache
@@ -312,20 +312,6 @@ def test_layers_of_any_sequence():
             case.kv = make(case.kv)
             case.call(compact_kv_cache)
             assert all(torch.equal(a, b) for a, b in zip(case.state(), want.state(), strict=True))
-
-
-class Odd(Tensor):
-    pass
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_where_something_has_to_see_the_operator():

@@ -276,6 +276,7 @@ def test_choose():
     assert _sm90.choose(256, 8, 8256, 132) == Choice(1, False, 8)
     assert _sm90.choose(256, 8, 32832, 132) == Choice(2, False, 8)
     assert _sm90.choose(256, 128, 1064, 132) == Choice(2, False, 1)  # one group's blocks do not stay for a second wave
+    assert _sm90.choose(256, 8, 1088, 132) == Choice(1, False, 4)
     assert _sm90.choose(256, 8, 1088, 132, groups=2).groups == 2
     assert _sm90.choose(128, 1, 320, 132).num_splits < _sm90.choose(128, 1, 8256, 132).num_splits
 
