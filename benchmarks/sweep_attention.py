@@ -4,8 +4,9 @@
     python benchmarks/sweep_attention.py --cases table --out sweep.json
     python benchmarks/sweep_attention.py --kernel hopper --cases 'nodes,gqa_b1_8k/L3000,mha_b1_4k/B3/L700'
 
-Prints for each case the time with the choice of `tile_config` (Triton's plain kernel) or `_sm90.choose_levels` (Hopper's), the
-best variant and what it would save. Triton's variants compile in parallel first, as compiling takes longer than timing.
+Prints for each case the time with the choice of `tile_config` (Triton's plain kernel) or `_sm90.choose_levels`
+(Hopper's), the best variant and what it would save. Triton's variants compile in parallel first, as compiling takes
+longer than timing.
 """
 
 import argparse
