@@ -145,21 +145,28 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         wait_for_kernels_before();
         consumer.w.load_lengths(p);
         grow_registers<C::kConsumerRegisters>();
-        consumer.run();
-
         if constexpr (C::kCluster) {
             const uint32_t parts = tiles + p.stages.value * 2 * C::kTileBytes;
-            ClusterMerge<C>{
-                p, consumer, consumer.w, barriers + C::kArrived, parts, int(threadIdx.x) / 32, lane}
-                .run();
-        } else if (p.num_splits.value > 1) {
-            const Work& done = consumer.w;
+            ClusterMerge<C> merge{
+                p,   consumer, consumer.w, barriers + C::kArrived, parts, int(threadIdx.x) / 32,
+                lane};
+            consumer.run([&] { merge.begin(); });
+            merge.run();
+            return;
+        }
+        const Work& done = consumer.w;
+        const int64_t rows =  // before this row block's
+            int64_t(blockIdx.x) * p.num_splits.value * C::kRows;
+        float4* const partial = p.partial + rows * (C::kDim / 4);
+        float2* const stats = p.stats + rows;
+        Merge<C> merge{p, done, partial, stats, tiles, int(threadIdx.x) / 32, lane};
+        constexpr bool kEarly = C::kGroups == 1 && !C::kFp8;  // elsewhere registers are scarce
+        consumer.run([&] {
+            if (kEarly && p.num_splits.value > 1) merge.begin();
+        });
+        if (p.num_splits.value > 1) {
             const bool merges = done.merges(p);
             constexpr int kConsumers = C::kComputing * kGroupThreads;
-            const int64_t rows =  // before this row block's
-                int64_t(blockIdx.x) * p.num_splits.value * C::kRows;
-            float4* partial = p.partial + rows * (C::kDim / 4);
-            float2* stats = p.stats + rows;
             if (merges && consumer.row(0) / 16 * 16 < num_rows<C>(p, done)) {  // this warp has rows
                 consumer.publish(partial + done.split * C::kRows * (C::kDim / 4),
                                  stats + done.split * C::kRows);
@@ -169,8 +176,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             bool waits = false;
             uint32_t* counter = split_arrivals + p.first_arrival + blockIdx.x;
             if (threadIdx.x == 0) waits = !arrive(counter, done.splits(p).value);
-            Merge<C> merge{p, done, partial, stats, tiles, int(threadIdx.x) / 32, lane};
-            merge.begin();
+            if (!kEarly) merge.begin();
             while (waits && load_acquire(counter) != 0) {  // the last to arrive leaves a 0
             }
             sync_threads<kComputeBarrier, kConsumers>();

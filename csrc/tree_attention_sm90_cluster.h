@@ -25,7 +25,9 @@ struct ClusterMerge {
     uint32_t arrived, parts;  // the barrier, and where parts lie
     int warp, lane;
     Divisor splits;
-    RowPlace place[2];  // of the part that is written next
+    int rows, merged;                             // in all, parts by this block
+    uint32_t to[kColumns], to_barrier[kColumns];  // where this warp's parts go
+    RowPlace place[2];                            // of the part that is written next
 
     __device__ __forceinline__ uint32_t place_of(int mine, int split) const {
         return parts + (mine * splits.value + split) * C::kPartBytes;
@@ -36,21 +38,37 @@ struct ClusterMerge {
         return {from[0], from[1], from[2], from[3]};
     }
 
-    // What this warp has of this split.
-    __device__ __forceinline__ void send() const {
-        const float4 stats = {consumer.reference(0), consumer.row_sum(0), consumer.reference(1),
-                              consumer.row_sum(1)};
+    // What does not depend on the results, while the first tile comes.
+    __device__ __forceinline__ void begin() {
+        if (!w.merges(p)) return;
+        splits = w.splits(p);
+        rows = num_rows<C>(p, w);
+        const int count = (rows + 15) / 16 * kColumns;
+        merged = (count + splits.value - 1 - w.split) / splits;
+        if (threadIdx.x == 0) barrier_expect(arrived, merged * splits.value * C::kPartBytes);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const int part = warp * kColumns + i, mine = part / splits;
             const int block = part - mine * splits.value;
-            const uint32_t to = in_block(place_of(mine, w.split), block);
-            const uint32_t barrier = in_block(arrived, block);
+            to[i] = in_block(place_of(mine, w.split) + lane * 16, block);
+            to_barrier[i] = in_block(arrived, block);
+            pin(to[i]);
+            pin(to_barrier[i]);
+        }
+    }
+
+    // What this warp has of this split.
+    __device__ __forceinline__ void send() const {
+        const float4 stats = {consumer.reference(0), consumer.row_sum(0), consumer.reference(1),
+                              consumer.row_sum(1)};
+        const int to_stats = kStats + (lane / 4 - lane) * 16;
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
 #pragma unroll
             for (int j = 0; j < kWide; ++j) {
-                store_async(to + (j * 32 + lane) * 16, of_columns(i * kWide + j), barrier);
+                store_async(to[i] + j * 32 * 16, of_columns(i * kWide + j), to_barrier[i]);
             }
-            if (lane % 4 == i % 4) store_async(to + kStats + lane / 4 * 16, stats, barrier);
+            if (lane % 4 == i % 4) store_async(to[i] + to_stats, stats, to_barrier[i]);
         }
     }
 
@@ -65,15 +83,18 @@ struct ClusterMerge {
     // All splits' of a part, in their order, and writes it.
     __device__ __forceinline__ void merge(int mine, int part) const {
         float4 x[kMostCluster][kWide] = {}, its[kMostCluster];
+        uint32_t from = place_of(mine, 0), from_stats = from + kStats + lane / 4 * 16;
+        from += lane * 16;
+        pin(from);
+        pin(from_stats);
 #pragma unroll
         for (int i = 0; i < kMostCluster; ++i) {
             its[i] = {-INFINITY, 0.0f, -INFINITY, 0.0f};
             if (i < splits.value) {
-                const uint32_t from = place_of(mine, i);
-                its[i] = load_shared_float4(from + kStats + lane / 4 * 16);
+                its[i] = load_shared_float4(from_stats + i * C::kPartBytes);
 #pragma unroll
                 for (int j = 0; j < kWide; ++j) {
-                    x[i][j] = load_shared_float4(from + (j * 32 + lane) * 16);
+                    x[i][j] = load_shared_float4(from + i * C::kPartBytes + j * 32 * 16);
                 }
             }
         }
@@ -107,7 +128,7 @@ struct ClusterMerge {
         for (int r = 0; r < 2; ++r) {
             if (!place[r].exists) continue;
             const bool real = place[r].node < w.nodes && sum[r] != 0.0f;  // NaN stays NaN
-            const float norm = real ? 1.0f / sum[r] : 0.0f;
+            const float norm = real ? reciprocal(sum[r]) : 0.0f;
             T* to =
                 static_cast<T*>(p.out) + place[r].out + part % kColumns * kWide * 8 + lane % 4 * 2;
 #pragma unroll
@@ -125,11 +146,6 @@ struct ClusterMerge {
     // is for it has arrived: nobody sends to one that has ended, nor reads what it has.
     __device__ __forceinline__ void run() {
         if (!w.merges(p)) return;
-        splits = w.splits(p);
-        const int rows = num_rows<C>(p, w), count = (rows + 15) / 16 * kColumns;
-        const int merged = (count + splits.value - 1 - w.split) / splits;  // parts, by this block
-        if (threadIdx.x == 0) barrier_expect(arrived, merged * splits.value * C::kPartBytes);
-        consumer.clear_unless_any();
         if (warp * 16 < rows) send();
         find_place(w.split + warp * splits.value);
         barrier_wait(arrived, 0);  // an acquire of the cluster's would empty the L1 as well

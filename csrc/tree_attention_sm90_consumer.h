@@ -536,8 +536,10 @@ struct Consumer {
         }
     }
 
-    // Zeros in place of what a warpgroup without tiles is left with.
+    // Zeros in place of what a warpgroup without tiles is left with, where that is not what it
+    // began with.
     __device__ __forceinline__ void clear_unless_any() {
+        if constexpr (!C::kPipelined) return;
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) out[i] = any ? out[i] : 0.0f;
     }
@@ -563,7 +565,7 @@ struct Consumer {
             const RowPlace at = row_place(p, of, row(i));
             const float total = row_sum(i);
             const bool real = at.node < of.nodes && total != 0.0f;  // NaN stays NaN
-            const float norm = real ? v_scale / total : 0.0f;
+            const float norm = real ? v_scale * reciprocal(total) : 0.0f;
             if (writes_lse && at.exists) {
                 p.lse[at.lse] = real ? (base[i] + log2f(total)) * kLn2 : -INFINITY;
             }
@@ -585,13 +587,15 @@ struct Consumer {
     }
 
     // A split, whose results are left in `out`, or unsplit row blocks, this one and those that the
-    // block goes on with.
-    __device__ __forceinline__ void run() {
+    // block goes on with. meanwhile: what else is done while the first tile comes.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void run(Meanwhile&& meanwhile) {
         load_q();                                   // before the lengths are there
         if constexpr (C::kCluster) cluster_wait();  // until the other blocks have begun, meanwhile
         if constexpr (C::kFp8) narrow_q(w);
         w.set_tiles(p);
         if (w.idle(p)) return;
+        meanwhile();
         if (C::kPipelined && group == 1)
             arrive_threads(kTurnBarriers, 2 * kGroupThreads);  // the other's first
         begin_scores<0>(w.count() > (C::kShares ? group : 0));

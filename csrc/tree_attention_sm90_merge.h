@@ -156,7 +156,7 @@ struct Merge {
             if (!place[r].exists) continue;
             const float sum = rows.sum[r];
             const bool real = place[r].node < w.nodes && sum != 0.0f;  // NaN stays NaN
-            const float norm = real ? v_scale / sum : 0.0f;
+            const float norm = real ? v_scale * reciprocal(sum) : 0.0f;
             T* to = static_cast<T*>(p.out) + place[r].out + quarter * kColumns * 8 + lane % 4 * 2;
 #pragma unroll
             for (int j = 0; j < kColumns; ++j) {

@@ -110,6 +110,12 @@ __device__ __forceinline__ void fence_for_wgmma() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // ---- clusters ----
 
 // By all threads of a block, once its barriers are there; orders nothing but these.
