@@ -32,7 +32,8 @@ from medusa_kernels import TokenTree, accept_candidates, tree_attention, verify_
 EPS = 1e-5
 ACCEPTED = 3  # nodes below the root that a step accepts, so that compaction has rows to move
 # In this order: a part's time is what the step takes longer with it than with those before it alone, so that all meet
-# the caches as a step leaves them, and the times add up to the step's.
+# the caches as a step leaves them, and the times add up to the step's. SiLU(gate) * up is part of the matmuls where one
+# call does it along with them, else, as silu_mul, of the rest.
 PARTS = ("matmuls", "attention", "rest", "acceptance", "compaction")
 OPERATORS = ("attention", "acceptance", "compaction")
 
@@ -206,7 +207,28 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 # ---- matmuls: for each shape and number of rows the fastest of what is well kept ----
 
 
-Linear = Callable[[Tensor, Tensor], Tensor]  # x [rows, in], weight [out, in] -> [rows, out]
+Linear = Callable[[Tensor, Tensor], Tensor]  # x [rows, in], weight [out, in] -> [rows, out], or gated [rows, out / 2]
+OPS = ("linear", "linear", "gated", "linear")  # of a layer's weights: q, k and v; out; gate and up; down
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def gated(x: Tensor, weight: Tensor) -> Tensor:
+    """SiLU(gate) * up; by two linears, as torch.compile makes one kernel of all that for one row, but not by one."""
+    gate, up = weight.chunk(2)
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+@dataclass(frozen=True)
+class WithSiluMul:
+    """Gated by a linear, and silu_mul after it."""
+
+    linear: Linear
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        return silu_mul(self.linear(x, weight))
 
 
 def blas_linear(library: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -220,17 +242,17 @@ def blas_linear(library: str, x: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
-def compiled_linear() -> Linear:
+def compiled(call: Linear) -> Linear:
     # Every shape is a recompile of this one function; beyond the limits it would quietly run uncompiled.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     mode = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
     options = {**mode, "max_autotune_gemm_backends": "ATEN,TRITON"}  # torch.compile takes a mode or options, not both
-    return torch.compile(lambda x, weight: F.linear(x, weight), options=options, dynamic=False)
+    return torch.compile(call, options=options, dynamic=False)
 
 
 @dataclass(frozen=True)
 class Quack:
-    """A linear by quack's GEMM (Dao-AILab/quack).
+    """A config of quack's GEMM (Dao-AILab/quack), and a linear by it.
 
     width:   rows of the weight that a block takes
     cluster: blocks that get x by one multicast
@@ -245,7 +267,7 @@ class Quack:
     def suits(self, out: int, sms: int) -> bool:
         """Its blocks leave few multiprocessors without work."""
         blocks = -(-out // self.width)
-        return blocks >= 0.85 * sms * -(-blocks // sms)
+        return blocks >= 0.84 * sms * -(-blocks // sms)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         from quack.gemm import gemm
@@ -254,20 +276,38 @@ class Quack:
         gemm(x, weight, out, None, None, rows, self.width, 1, self.cluster, tile_K=self.tile_k, pingpong=self.pingpong)
         return out
 
+    def gated(self, x: Tensor, weight: Tensor) -> Tensor:
+        """All at once; its blocks take rows of gate and of up in turns (concat_layout), of a weight as it is."""
+        from quack.gemm_config import GemmConfig
+        from quack.gemm_interface import gemm_gated
 
-# The fastest of some 90 on an H200, of 64 rows and weights of 4096 to 128256.
+        config = GemmConfig(
+            64 if len(x) <= 64 else 128, self.width, self.tile_k, pingpong=self.pingpong, is_dynamic_persistent=False,
+            cluster_m=1, cluster_n=self.cluster,
+        )  # fmt: skip
+        options = {"activation": "swiglu", "store_preact": False, "concat_layout": ("B",)}
+        return gemm_gated(x, weight.T, config=config, **options)[1]
+
+
+# The fastest linears of some 90 on an H200, of 64 rows and weights of 4096 to 128256.
 QUACKS = (
     Quack(32, 1), Quack(48, 1), Quack(96, 1), Quack(112, 2, 128, pingpong=True), Quack(128, 2, 128, pingpong=True),
     Quack(176, 1, 128), Quack(224, 2, 128),
 )  # fmt: skip
+# Gated, for which a width is a multiple of 32.
+GATED_QUACKS = (
+    Quack(64, 1, pingpong=True), Quack(96, 1, pingpong=True), Quack(128, 2, 128, pingpong=True),
+    Quack(192, 1, pingpong=True), Quack(192, 1, 128, pingpong=True), Quack(224, 1, 128, pingpong=True),
+    Quack(224, 2, 128, pingpong=True),
+)  # fmt: skip
 
 
-def quack_linears(out: int, device: torch.device) -> dict[str, Linear]:
-    """By quack, where it is installed, with each config that suits a weight of so many rows."""
+def suitable(quacks: Sequence[Quack], out: int, device: torch.device) -> list[Quack]:
+    """Where quack is installed, those that suit a weight of so many rows."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major != 9 or importlib.util.find_spec("quack") is None:
-        return {}
-    return {f"quack: {quack}": quack for quack in QUACKS if quack.suits(out, properties.multi_processor_count)}
+        return []
+    return [quack for quack in quacks if quack.suits(out, properties.multi_processor_count)]
 
 
 def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
@@ -275,32 +315,47 @@ def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
     if device.type == "cpu":
         return {"F.linear": F.linear}
     found: dict[str, Linear] = {library: partial(blas_linear, library) for library in ("cublas", "cublaslt")}
-    return found | {"inductor": compiled_linear()} | quack_linears(out, device) if rows <= 128 else found
+    if rows <= 128:
+        found["inductor"] = compiled(linear)
+        found |= {f"quack: {quack}": quack for quack in suitable(QUACKS, out, device)}
+    return found
 
 
-def linears_us(candidates: dict[str, Linear], x: Tensor, weights: Sequence[Tensor], report) -> dict[str, float]:
+def gateds(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
+    """What can gate so many rows by a weight of `out`: each linear with silu_mul, and "fused" what does all at once."""
+    found: dict[str, Linear] = {name: WithSiluMul(call) for name, call in linears(rows, device, out).items()}
+    if device.type == "cuda" and rows == 1:  # of more it makes several kernels
+        found["inductor fused"] = compiled(gated)
+    if device.type == "cuda" and rows <= 128:
+        found |= {f"quack fused: {quack}": quack.gated for quack in suitable(GATED_QUACKS, out, device)}
+    return found
+
+
+def linears_us(
+    candidates: dict[str, Linear], x: Tensor, weights: Sequence[Tensor], report, reference: Linear = F.linear
+) -> dict[str, float]:
     """µs a call of each candidate that is right, in turns over the weights, so that they come from memory, and each
     after an RMS norm of its input, as what comes before it in a step is as small; that one's own time is taken off."""
-    want, right = F.linear(x, weights[0]), {}
-    for name, linear in candidates.items():
+    want, right = reference(x, weights[0]), {}
+    for name, call in candidates.items():
         try:
-            pairs = zip(linear(x, weights[0]).split(16), want.split(16))  # relative_error takes fp64 copies
+            pairs = zip(call(x, weights[0]).split(16), want.split(16))  # relative_error takes fp64 copies
             error = max(relative_error(got, wanted) for got, wanted in pairs)
             what = f"off by {error:.1e}" if error > 0.01 else None
         except Exception as raised:
             what = first_line(raised)
         if what is None:
-            right[name] = linear
+            right[name] = call
         else:
             report(f"matmul {list(weights[0].shape)} of {len(x)} rows: {name} left out, {what}")
     weights, ones = list(weights) * -(-8 // len(weights)), torch.ones_like(x[0])
 
-    def over_weights(linear: Linear) -> None:
+    def over_weights(call: Linear) -> None:
         for weight in weights:
-            linear(rms_norm(x, None, ones), weight)
+            call(rms_norm(x, None, ones), weight)
 
     chosen = [lambda x, weight: x, *right.values()]
-    norm, *times = times_us([partial(over_weights, linear) for linear in chosen], x.device, 15)
+    norm, *times = times_us([partial(over_weights, call) for call in chosen], x.device, 15)
     return {name: (us - norm) / len(weights) for name, us in zip(right, times)}
 
 
@@ -326,30 +381,36 @@ class Model:
         # Logits of standard deviation 4, so that typical acceptance does not take any token for a plausible one.
         self.head = linear(shape.vocab, shape.hidden).mul_(4)
         self.norm = torch.ones(shape.hidden, device=device, dtype=dtype)
-        self.chosen: dict[tuple[int, torch.Size], Linear] = {}
+        self.chosen: dict[tuple[str, int, torch.Size], Linear] = {}
         self.matmuls: list[dict] = []  # how that came about: a row each
 
     def choose(self, rows: int) -> None:
         """Choose what multiplies this many rows, shape by shape of weight; once."""
-        weights: dict[torch.Size, list[Tensor]] = {}
-        for weight in (*chain(*self.layers), self.head):
-            weights.setdefault(weight.shape, []).append(weight)
-        for shape, same in weights.items():
-            if (rows, shape) in self.chosen:
+        weights: dict[tuple[str, torch.Size], list[Tensor]] = {}
+        for op, weight in (*chain(*(zip(OPS, layer) for layer in self.layers)), ("linear", self.head)):
+            weights.setdefault((op, weight.shape), []).append(weight)
+        for (op, shape), same in weights.items():
+            if (op, rows, shape) in self.chosen:
                 continue
-            candidates = linears(rows, self.head.device, shape[0])
-            times = linears_us(candidates, self.head.new_empty(rows, shape[1]).normal_(), same, self.report)
+            candidates = (gateds if op == "gated" else linears)(rows, self.head.device, shape[0])
+            x, reference = self.head.new_empty(rows, shape[1]).normal_(), gated if op == "gated" else F.linear
+            times = linears_us(candidates, x, same, self.report, reference)
             best = min(times, key=times.__getitem__)
-            self.chosen[rows, shape] = candidates[best]
+            self.chosen[op, rows, shape] = candidates[best]
             fastest: dict[str, float] = {}  # by library
             for name, us in times.items():
                 library = name.partition(":")[0]
                 fastest[library] = min(us, fastest.get(library, us))
-            self.matmuls.append({"rows": rows, "shape": list(shape), "best": best, "candidates_us": fastest,
+            self.matmuls.append({"op": op, "rows": rows, "shape": list(shape), "best": best, "candidates_us": fastest,
                                  "date": datetime.date.today().isoformat()})  # fmt: skip
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.chosen[len(x), weight.shape](x, weight)
+        return self.chosen["linear", len(x), weight.shape](x, weight)
+
+    def gated(self, x: Tensor, weight: Tensor, rest: bool = True) -> Tensor:
+        """Without the rest, gate and up as they are where silu_mul is a kernel of its own."""
+        call = self.chosen["gated", len(x), weight.shape]
+        return (call.linear if isinstance(call, WithSiluMul) and not rest else call)(x, weight)
 
 
 class Context:
@@ -420,8 +481,8 @@ class Step:
                 attended = self.attend(layer, qkv)
             out = model.linear(attended, w_out)
             x = rms_norm(residual, out, model.norm) if rest else self.x
-            gate_up = model.linear(x, w_gate_up)
-            down = model.linear(silu_mul(gate_up) if rest else self.activated, w_down)
+            activated = model.gated(x, w_gate_up, rest)
+            down = model.linear(activated if rest else self.activated, w_down)
             x = rms_norm(residual, down, model.norm) if rest else self.x
         return model.linear(x, model.head)[: self.batch * self.nodes].view(self.batch, self.nodes, -1)
 
@@ -702,19 +763,20 @@ def tables(results: Sequence[Measured], matmuls: Sequence[dict], limits: Limits,
         )  # fmt: skip
     third = Table(title=f"matmuls, µs | {title}")
     names = list(dict.fromkeys(chain(*(row["candidates_us"] for row in matmuls))))
-    for column in ("model", "rows", "weight", *names, "best"):
-        third.add_column(column, justify="left" if column in ("model", "best") else "right")
+    for column in ("model", "op", "rows", "weight", *names, "best"):
+        third.add_column(column, justify="left" if column in ("model", "op", "best") else "right")
     for row in matmuls:
         times = (row["candidates_us"].get(name) for name in names)
         third.add_row(
-            row["model"], str(row["rows"]), "x".join(map(str, row["shape"])),
+            row["model"], row["op"], str(row["rows"]), "x".join(map(str, row["shape"])),
             *("" if us is None else f"{us:.1f}" for us in times), row["best"],
         )  # fmt: skip
     return [first, second, third]
 
 
 def matmul_key(row: dict) -> tuple:
-    return list(MODELS).index(row["model"]), row["rows"], *row["shape"]
+    """A gated one's times are with silu_mul; rows from before there was such a choice are all linears."""
+    return list(MODELS).index(row["model"]), row["rows"], *row["shape"], row.get("op", "linear")
 
 
 def merge_results(path: Path, results: Sequence[Measured], matmuls: Sequence[dict], limits: Limits) -> list[Measured]:

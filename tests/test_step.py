@@ -114,6 +114,29 @@ def test_parts_build_up_to_the_step(model, plain, monkeypatch):
     assert ran == [set(), attention, rest, *last]
 
 
+def test_gating_is_of_the_matmuls_where_it_is_fused(model, monkeypatch):
+    x, weight = torch.randn(3, 64), torch.randn(192, 64)
+    want = F.silu(x @ weight[:96].T) * (x @ weight[96:].T)
+    called: list[str] = []
+
+    def fused(x, weight):
+        called.append("fused")
+        return step.gated(x, weight)
+
+    real, apart = step.silu_mul, step.WithSiluMul(F.linear)
+    monkeypatch.setattr(step, "silu_mul", lambda gate_up: (called.append("silu_mul"), real(gate_up))[1])
+    made = tree_step(model, 9)
+    logits = made.forward()
+    for call, before, whole in ((fused, ["fused"], ["fused"]), (apart, [], ["silu_mul"])):
+        torch.testing.assert_close(call(x, weight), want, rtol=1e-4, atol=1e-4)
+        monkeypatch.setitem(model.chosen, ("gated", 18, weight.shape), call)
+        for parts in (1, 2, 3):
+            called.clear()
+            got = made.forward(parts)
+            assert called == TINY.layers * (before if parts < 3 else whole)
+        torch.testing.assert_close(got, logits, rtol=1e-3, atol=1e-3)
+
+
 # ---- the choice of matmuls ----
 
 
@@ -143,6 +166,7 @@ def test_the_fastest_that_is_right_is_chosen(monkeypatch):
     chooser.choose(3)
     shapes = [[128, 64], [64, 64], [192, 64], [64, 96], [101, 64]]
     assert [(row["rows"], row["shape"]) for row in chooser.matmuls] == [(3, shape) for shape in shapes]
+    assert [row["op"] for row in chooser.matmuls] == [*step.OPS, "linear"]
     for row in chooser.matmuls:
         assert row["best"] == "fast: a" and row["candidates_us"] == {"slow": 9.0, "fast": 4.0, "slower": 12.0}
     about = "matmul [128, 64] of 3 rows:"
@@ -172,12 +196,17 @@ def test_a_step_uses_what_was_chosen_once(monkeypatch):
 
 
 def test_matmuls_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(step, "compiled_linear", lambda: F.linear)
+    monkeypatch.setattr(step, "compiled", lambda call: call)
+    monkeypatch.setattr(step, "suitable", lambda quacks, out, device: quacks[:1])
     cuda = torch.device("cuda")
-    monkeypatch.setattr(step, "quack_linears", lambda out, device: {f"quack: {out}": F.linear})
-    assert list(step.linears(128, cuda, 64)) == ["cublas", "cublaslt", "inductor", "quack: 64"]
-    assert list(step.linears(129, cuda, 64)) == ["cublas", "cublaslt"]
-    assert list(step.linears(1, CPU, 64)) == ["F.linear"]
+    found = ["cublas", "cublaslt", "inductor", f"quack: {step.QUACKS[0]}"]
+    assert list(step.linears(128, cuda, 64)) == found
+    assert list(step.gateds(128, cuda, 64)) == [*found, f"quack fused: {step.GATED_QUACKS[0]}"]
+    assert list(step.gateds(1, cuda, 64)) == [*found, "inductor fused", f"quack fused: {step.GATED_QUACKS[0]}"]
+    for candidates in (step.linears, step.gateds):
+        assert list(candidates(129, cuda, 64)) == found[:2]
+        assert list(candidates(1, CPU, 64)) == ["F.linear"]
+    assert all(quack.width % 32 == 0 for quack in step.GATED_QUACKS)
     assert [out for out in (4096, 6144, 12288, 28672) if step.Quack(96, 2).suits(out, 132)] == [12288]
     state = ["before"]
 
@@ -317,14 +346,17 @@ def test_best_sizes():
 
 def test_results_are_merged(tmp_path):
     path = tmp_path / "results" / "card_step.json"
-    first = [{"model": "tiny", "rows": rows, "shape": [8, 4], "best": "cublas"} for rows in (1, 16)]
+    first = [{"model": "tiny", "rows": rows, "shape": [8, 4], "best": "cublas"} for rows in (1, 16)]  # as of old
     step.merge_results(path, [measured(1, 100.0), measured(16, 120.0)], first, H100)
-    second = [{"model": name, "rows": 16, "shape": [8, 4], "best": "inductor"} for name in ("tiny", "vicuna_7b")]
+    second = [
+        {"op": op, "model": name, "rows": 16, "shape": [8, 4], "best": "inductor"}
+        for name, op in (("tiny", "linear"), ("tiny", "gated"), ("vicuna_7b", "linear"))
+    ]
     every = step.merge_results(path, [measured(16, 110.0), measured(64, 130.0)], second, H100)
     assert [(r.nodes, r.us) for r in every] == [(1, 100.0), (16, 110.0), (64, 130.0)]
     content = json.loads(path.read_text())
     assert len(content["steps"]) == 3 and len(content["overheads"]) == 2 and len(content["best_sizes"]) == 1
-    assert content["matmuls"] == [second[1], first[0], second[0]]
+    assert content["matmuls"] == [second[2], first[0], second[1], second[0]]
     del content["matmuls"]  # as files were before matmuls had a choice
     path.write_text(json.dumps(content))
     assert len(step.merge_results(path, [measured(1, 90.0)], first, H100)) == 3
@@ -367,6 +399,7 @@ def test_bad_arguments():
 def test_gpu_compiled_matmuls(device, monkeypatch):
     """Compiled once a shape and number of rows, and right in a step's graph."""
     real = step.linears
+    monkeypatch.setattr(step, "suitable", lambda quacks, out, device: [])
     monkeypatch.setattr(step, "linears", lambda rows, device, out: {"inductor": real(rows, device, out)["inductor"]})
     with torch.inference_mode():
         made = step.Model(step.Shape(512, 3, 8, 2, 64, 768, 5000), device, torch.bfloat16)
@@ -377,6 +410,7 @@ def test_gpu_compiled_matmuls(device, monkeypatch):
         assert all(us > 0 for us in step.times_us([each.run for each in steps], device, 2))
         assert counters["stats"]["unique_graphs"] == graphs
         monkeypatch.setattr(made, "linear", F.linear)
+        monkeypatch.setattr(made, "gated", lambda x, weight, rest: step.gated(x, weight))
         for each, got in zip(steps, logits):
             each.cache_seqlens.copy_(each.context.start)
             assert common.relative_error(got, each.forward()[:, 0]) < 0.1
@@ -385,7 +419,7 @@ def test_gpu_compiled_matmuls(device, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_run(device, monkeypatch):
     """Right in bf16, captured, and timed, at head dims and groups of the real models."""
-    monkeypatch.setattr(step, "compiled_linear", lambda: F.linear)  # minutes of compiling
+    monkeypatch.setattr(step, "compiled", lambda call: call)  # minutes of compiling
     for shape in (TINY, step.Shape(512, 3, 4, 4, 128, 768, 1000), step.Shape(512, 3, 8, 2, 64, 768, 5000)):
         args = SimpleNamespace(models=["tiny"], batches=[1, 4], lengths=[300], nodes=[16, 26, 64, 128], mode="greedy",
                                replays=3)  # fmt: skip
@@ -400,9 +434,22 @@ def test_gpu_run(device, monkeypatch):
         assert all(r.us > 0 and r.floor_us > 0 for r in results)
         assert {row["rows"] for row in matmuls} == {1, 4, 16, 26, 32, 64, 104, 112, 128, 256, 512}
         for row in matmuls:
-            assert [name for name in row["candidates_us"] if name != "quack"] == [
-                "cublas", "cublaslt", *["inductor"] * (row["rows"] <= 128)
-            ]  # fmt: skip
+            compiled = ["inductor"] if row["rows"] <= 128 else []
+            compiled += ["inductor fused"] if row["op"] == "gated" and row["rows"] == 1 else []
+            names = [name for name in row["candidates_us"] if not name.startswith("quack")]
+            assert names == ["cublas", "cublaslt", *compiled]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 64, 100])
+def test_gpu_quack_gates(device, rows):
+    pytest.importorskip("quack")
+    with torch.inference_mode():
+        for out in (16384, 22016, 28672):
+            x = torch.randn(rows, 512, device=device, dtype=torch.bfloat16)
+            weight = torch.randn(out, 512, device=device, dtype=torch.bfloat16)
+            for quack in step.suitable(step.GATED_QUACKS, out, device):
+                assert common.relative_error(quack.gated(x, weight), step.gated(x, weight)) < 0.01, quack
 
 
 # ---- the size of a tree ----
