@@ -315,8 +315,9 @@ def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
     if device.type == "cpu":
         return {"F.linear": F.linear}
     found: dict[str, Linear] = {library: partial(blas_linear, library) for library in ("cublas", "cublaslt")}
-    if rows <= 128:
+    if rows <= 16:  # of more it is slower than quack
         found["inductor"] = compiled(linear)
+    if rows <= 128:
         found |= {f"quack: {quack}": quack for quack in suitable(QUACKS, out, device)}
     return found
 

@@ -199,10 +199,12 @@ def test_matmuls_of_a_gpu(monkeypatch):
     monkeypatch.setattr(step, "compiled", lambda call: call)
     monkeypatch.setattr(step, "suitable", lambda quacks, out, device: quacks[:1])
     cuda = torch.device("cuda")
-    found = ["cublas", "cublaslt", "inductor", f"quack: {step.QUACKS[0]}"]
+    found = ["cublas", "cublaslt", f"quack: {step.QUACKS[0]}"]
     assert list(step.linears(128, cuda, 64)) == found
     assert list(step.gateds(128, cuda, 64)) == [*found, f"quack fused: {step.GATED_QUACKS[0]}"]
-    assert list(step.gateds(1, cuda, 64)) == [*found, "inductor fused", f"quack fused: {step.GATED_QUACKS[0]}"]
+    compiled = [*found[:2], "inductor", found[2]]
+    assert list(step.linears(16, cuda, 64)) == compiled
+    assert list(step.gateds(1, cuda, 64)) == [*compiled, "inductor fused", f"quack fused: {step.GATED_QUACKS[0]}"]
     for candidates in (step.linears, step.gateds):
         assert list(candidates(129, cuda, 64)) == found[:2]
         assert list(candidates(1, CPU, 64)) == ["F.linear"]
@@ -403,8 +405,8 @@ def test_gpu_compiled_matmuls(device, monkeypatch):
     monkeypatch.setattr(step, "linears", lambda rows, device, out: {"inductor": real(rows, device, out)["inductor"]})
     with torch.inference_mode():
         made = step.Model(step.Shape(512, 3, 8, 2, 64, 768, 5000), device, torch.bfloat16)
-        tree = step.tree_for(64).to(device)
-        steps = [step.Step(step.Context(made, 1, length, 64), tree, 64) for length in (300, 400)]
+        tree = step.tree_for(16).to(device)
+        steps = [step.Step(step.Context(made, 1, length, 16), tree, 16) for length in (300, 400)]
         graphs = counters["stats"]["unique_graphs"]
         logits = [each.forward()[:, 0].clone() for each in steps]
         assert all(us > 0 for us in step.times_us([each.run for each in steps], device, 2))
@@ -434,7 +436,7 @@ def test_gpu_run(device, monkeypatch):
         assert all(r.us > 0 and r.floor_us > 0 for r in results)
         assert {row["rows"] for row in matmuls} == {1, 4, 16, 26, 32, 64, 104, 112, 128, 256, 512}
         for row in matmuls:
-            compiled = ["inductor"] if row["rows"] <= 128 else []
+            compiled = ["inductor"] if row["rows"] <= 16 else []
             compiled += ["inductor fused"] if row["op"] == "gated" and row["rows"] == 1 else []
             names = [name for name in row["candidates_us"] if not name.startswith("quack")]
             assert names == ["cublas", "cublaslt", *compiled]
