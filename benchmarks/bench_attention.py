@@ -31,6 +31,7 @@ class Case:
     fp8: bool = False
     window: int | None = None
     ragged: bool = False
+    room: int = 0  # slots of a request, where these are more than it takes
     heads_first: bool = False  # the cache is stored [B, Hkv, S, D], as Medusa does, and passed transposed
     recorded: dict[str, float] = field(default_factory=dict, compare=False)  # µs on an H100, measured elsewhere
 
@@ -47,7 +48,7 @@ class Case:
     @property
     def capacity(self) -> int:
         """Slots of a request, in whole blocks of 64."""
-        return -(-(max(self.lengths) + self.nodes) // 64) * 64
+        return -(-max(max(self.lengths) + self.nodes, self.room) // 64) * 64
 
     @property
     def keys(self) -> int:
@@ -101,6 +102,9 @@ _BATCHES = [f"gqa_b1_8k/L32768/B{b}/ragged" for b in (4, 16, 64)]
 _UNALIGNED = ["mha_b1_1k/L1000", "mha_b1_4k/L4000", "mha_b8_2k/L2000",
               "gqa_b1_1k/L1000", "gqa_b1_8k/L8000", "gqa_b8_4k/L4000"]  # fmt: skip
 _WINDOWS = [f"{base}/window4096" for base in ("mha_b1_16k", "gqa_b1_32k", "gqa_b8_4k")]
+# Half full, as a decoder's caches are.
+_ROOMS = [f"mha_b1_4k/T{t}/room8192" for t in (1, 16, 64, 128, 256)]
+_ROOMS += [f"gqa_b1_8k/T{t}/room16384" for t in (1, 16, 64, 128, 256)]
 _CACHES = [f"{name}/{change}" for name in TABLE for change in ("paged16", "paged64", "fp8", "heads_first")]
 SETS: dict[str, list[str]] = {
     "table": list(TABLE),
@@ -110,6 +114,7 @@ SETS: dict[str, list[str]] = {
     "ragged": _BATCHES,
     "window": _WINDOWS,
     "unaligned": _UNALIGNED,
+    "room": _ROOMS,
     "caches": _CACHES,
     "sweep": _NODES + _DIMS + _GROUPS + _BATCHES + _WINDOWS + _UNALIGNED,
 }
@@ -123,7 +128,8 @@ TINY = [
 
 
 def parse_case(name: str) -> Case:
-    """`base/change/..`; changes: T8, D64, G4, B8, L4096, paged16, window4096 (any number), fp8, ragged, heads_first."""
+    """`base/change/..`; changes: T8, D64, G4, B8, L4096, paged16, window4096, room8192 (any number), fp8, ragged,
+    heads_first."""
     base, *changes = name.split("/")
     case = {**TABLE, **{c.name: c for c in TINY}}.get(base)
     if case is None:
@@ -134,7 +140,8 @@ def parse_case(name: str) -> Case:
 def changed(case: Case, changes: list[str], name: str) -> dict:
     """What to replace in `case`. G keeps the KV heads and sets heads = G * heads_kv."""
     fields: dict = {"name": name, "recorded": {}}
-    numbers = {"T": "nodes", "D": "head_dim", "B": "batch", "L": "length", "paged": "block_size", "window": "window"}
+    numbers = {"T": "nodes", "D": "head_dim", "B": "batch", "L": "length", "paged": "block_size", "window": "window",
+               "room": "room"}  # fmt: skip
     for change in changes:
         word = change.rstrip("0123456789")
         number = change[len(word) :]

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_attention.py                         # shapes that the choice was not tuned on
     python benchmarks/sweep_attention.py --cases table --out sweep.json
-    python benchmarks/sweep_attention.py --kernel hopper --cases 'nodes,gqa_b1_8k/L3000,mha_b1_4k/B3/L700'
+    python benchmarks/sweep_attention.py --kernel hopper --cases 'nodes,room,gqa_b1_8k/L3000,mha_b1_4k/B3/L700'
 
 Prints for each case the time with the choice of `tile_config` (Triton's plain kernel) or `_sm90.choose_levels`
 (Hopper's), the best variant and what it would save. Triton's variants compile in parallel first, as compiling takes
@@ -46,11 +46,13 @@ TILES = [
 
 
 def chosen_splits(case: Case, num_sms: int, arch: int) -> Choice:
-    """What a request that fills its room gets."""
+    """What the longest request gets."""
     rows = case.nodes * case.heads // case.heads_kv
     heads = case.batch * case.heads_kv
     groups, cluster, levels = _sm90.choose_levels(rows, heads, case.capacity, num_sms, case.head_dim, case.fp8)
-    return Choice(groups, cluster and levels[0][1] > 1, levels[0][1])
+    tiles = -(-(case.length + case.nodes) // _sm90.KEYS)
+    num_splits = [splits for reach, splits in levels if not reach or tiles <= reach][-1]
+    return Choice(groups, cluster and num_splits > 1, num_splits)
 
 
 def splits(case: Case, num_sms: int, arch: int) -> list[Choice]:
