@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import chain, pairwise, product
 from pathlib import Path
+from types import FunctionType
 
 import torch
 import triton
@@ -242,12 +243,23 @@ def blas_linear(library: str, x: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
-def compiled(call: Linear) -> Linear:
+def compiled(call: Callable[[Tensor, Tensor], Tensor], attempt: int = 1) -> Linear:
+    """Each attempt is tuned anew; from the second on its kernels begin early, where they can."""
     # Every shape is a recompile of this one function; beyond the limits it would quietly run uncompiled.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
     mode = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
-    options = {**mode, "max_autotune_gemm_backends": "ATEN,TRITON"}  # torch.compile takes a mode or options, not both
-    return torch.compile(call, options=options, dynamic=False)
+    options = {  # torch.compile takes a mode or options, not both
+        **mode, "max_autotune_gemm_backends": "ATEN,TRITON", "fx_graph_cache": False, "autotune_local_cache": False,
+        "triton.enable_pdl": attempt > 1,
+    }  # fmt: skip
+    code = call.__code__.replace(co_name=f"{call.__name__}_{attempt}")  # of its own, by which dynamo knows it
+    return torch.compile(FunctionType(code, call.__globals__), options=options, dynamic=False)
+
+
+def attempts(name: str, call: Callable[[Tensor, Tensor], Tensor], rows: int) -> dict[str, Linear]:
+    """By torch.compile; of one row, plain decoding's, for which its tuning may be 5% off, three, of which the best
+    counts."""
+    return {f"{name}: attempt {i}": compiled(call, i) for i in (range(1, 4) if rows == 1 else [1])}
 
 
 @dataclass(frozen=True)
@@ -316,7 +328,7 @@ def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
         return {"F.linear": F.linear}
     found: dict[str, Linear] = {library: partial(blas_linear, library) for library in ("cublas", "cublaslt")}
     if rows <= 16:  # of more it is slower than quack
-        found["inductor"] = compiled(linear)
+        found |= attempts("inductor", linear, rows)
     if rows <= 128:
         found |= {f"quack: {quack}": quack for quack in suitable(QUACKS, out, device)}
     return found
@@ -326,7 +338,7 @@ def gateds(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
     """What can gate so many rows by a weight of `out`: each linear with silu_mul, and "fused" what does all at once."""
     found: dict[str, Linear] = {name: WithSiluMul(call) for name, call in linears(rows, device, out).items()}
     if device.type == "cuda" and rows == 1:  # of more it makes several kernels
-        found["inductor fused"] = compiled(gated)
+        found |= attempts("inductor fused", gated, rows)
     if device.type == "cuda" and rows <= 128:
         found |= {f"quack fused: {quack}": quack.gated for quack in suitable(GATED_QUACKS, out, device)}
     return found

@@ -196,15 +196,18 @@ def test_a_step_uses_what_was_chosen_once(monkeypatch):
 
 
 def test_matmuls_of_a_gpu(monkeypatch):
-    monkeypatch.setattr(step, "compiled", lambda call: call)
+    monkeypatch.setattr(step, "compiled", lambda call, attempt: call)
     monkeypatch.setattr(step, "suitable", lambda quacks, out, device: quacks[:1])
     cuda = torch.device("cuda")
     found = ["cublas", "cublaslt", f"quack: {step.QUACKS[0]}"]
     assert list(step.linears(128, cuda, 64)) == found
     assert list(step.gateds(128, cuda, 64)) == [*found, f"quack fused: {step.GATED_QUACKS[0]}"]
-    compiled = [*found[:2], "inductor", found[2]]
+    compiled = [*found[:2], "inductor: attempt 1", found[2]]
     assert list(step.linears(16, cuda, 64)) == compiled
-    assert list(step.gateds(1, cuda, 64)) == [*compiled, "inductor fused", f"quack fused: {step.GATED_QUACKS[0]}"]
+    compiled[3:3] = ["inductor: attempt 2", "inductor: attempt 3"]
+    assert list(step.linears(1, cuda, 64)) == compiled
+    fused = [f"inductor fused: attempt {i}" for i in (1, 2, 3)]
+    assert list(step.gateds(1, cuda, 64)) == [*compiled, *fused, f"quack fused: {step.GATED_QUACKS[0]}"]
     for candidates in (step.linears, step.gateds):
         assert list(candidates(129, cuda, 64)) == found[:2]
         assert list(candidates(1, CPU, 64)) == ["F.linear"]
@@ -402,7 +405,7 @@ def test_gpu_compiled_matmuls(device, monkeypatch):
     """Compiled once a shape and number of rows, and right in a step's graph."""
     real = step.linears
     monkeypatch.setattr(step, "suitable", lambda quacks, out, device: [])
-    monkeypatch.setattr(step, "linears", lambda rows, device, out: {"inductor": real(rows, device, out)["inductor"]})
+    monkeypatch.setattr(step, "linears", lambda *args: {"inductor": real(*args)["inductor: attempt 1"]})
     with torch.inference_mode():
         made = step.Model(step.Shape(512, 3, 8, 2, 64, 768, 5000), device, torch.bfloat16)
         tree = step.tree_for(16).to(device)
@@ -411,6 +414,8 @@ def test_gpu_compiled_matmuls(device, monkeypatch):
         logits = [each.forward()[:, 0].clone() for each in steps]
         assert all(us > 0 for us in step.times_us([each.run for each in steps], device, 2))
         assert counters["stats"]["unique_graphs"] == graphs
+        step.compiled(step.linear, 2)(torch.ones(16, 512, device=device), torch.ones(64, 512, device=device))
+        assert counters["stats"]["unique_graphs"] == graphs + 1
         monkeypatch.setattr(made, "linear", F.linear)
         monkeypatch.setattr(made, "gated", lambda x, weight, rest: step.gated(x, weight))
         for each, got in zip(steps, logits):
@@ -421,7 +426,7 @@ def test_gpu_compiled_matmuls(device, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_run(device, monkeypatch):
     """Right in bf16, captured, and timed, at head dims and groups of the real models."""
-    monkeypatch.setattr(step, "compiled", lambda call: call)  # minutes of compiling
+    monkeypatch.setattr(step, "compiled", lambda call, attempt: call)  # minutes of compiling
     for shape in (TINY, step.Shape(512, 3, 4, 4, 128, 768, 1000), step.Shape(512, 3, 8, 2, 64, 768, 5000)):
         args = SimpleNamespace(models=["tiny"], batches=[1, 4], lengths=[300], nodes=[16, 26, 64, 128], mode="greedy",
                                replays=3)  # fmt: skip
