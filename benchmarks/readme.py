@@ -190,10 +190,10 @@ def step_table() -> str:
     card = data["card"]
     about = (
         f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}; random weights, bf16, each "
-        "step in a CUDA graph. Plain decoding is the fastest of 8 ways: with 1 or 16 rows, our attention or SDPA, our "
-        "sampler or PyTorch's argmax. Overhead: a tree's step by a plain one, and what of it is whose, in percent of a "
-        "plain step. Attention: of a layer, what it makes a plain step and a tree's longer. Speed-up: by the "
-        "accuracies of published heads for Vicuna-7B"
+        "step in a CUDA graph. Plain decoding is the fastest of up to 8 ways: rows as they are or padded to 16, our "
+        "attention or SDPA, our sampler or PyTorch's argmax. Overhead: a tree's step by a plain one, and what of it is "
+        "whose, in percent of a plain step. Attention: of a layer, what it makes a plain step and a tree's longer. "
+        "Speed-up: by the accuracies of published heads for Vicuna-7B"
     )
     return "\n".join([f"**step**: {about}.", "", *lines])
 
