@@ -20,6 +20,12 @@ def older(row: dict, data: dict) -> str:
     return "" if row.get("date", data["date"]) == data["date"] else f" ({row['date']})"
 
 
+def run_of(data: dict) -> str:
+    """Where and when a file's newest rows were measured."""
+    card = data["card"]
+    return f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}"
+
+
 def operator_table(op: str, changed: bool = False) -> str:
     """A row a case: our time, the part of the floor that it is, and the best peer of the same run, with that run's date
     where it is not the newest one.
@@ -51,9 +57,9 @@ def operator_table(op: str, changed: bool = False) -> str:
             us = next((row["us"] for row in rows if row["contender"] == name), None)
             line += " - |" if us is None else f" {us:.1f} |"
         lines.append(line)
-    card, limits = data["card"], data["limits"]
+    limits = data["limits"]
     about = (
-        f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}; measured in the same run: "
+        f"{run_of(data)}; measured in the same run: "
         f"read {limits['read_tb_s']:.2f} TB/s, bf16 matmul {limits['matmul_tflop_s']:.0f} TFLOP/s, "
         f"empty launch {limits['launch_us']:.1f} µs."
     )
@@ -187,13 +193,11 @@ def step_table() -> str:
             f"{row['plain_us']:.0f} | {row['us']:.0f} | {row['overhead']:.3f} | {shares} | "
             f"{attention[(*where, 1)]}, {attention[(*where, row['nodes'])]} | {row['speed_up']:.2f}x |"
         )
-    card = data["card"]
     about = (
-        f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}; random weights, bf16, each "
-        "step in a CUDA graph. Plain decoding is the fastest of up to 8 ways: rows as they are or padded to 16, our "
-        "attention or SDPA, our sampler or PyTorch's argmax. Overhead: a tree's step by a plain one, and what of it is "
-        "whose, in percent of a plain step. Attention: of a layer, what it makes a plain step and a tree's longer. "
-        "Speed-up: by the accuracies of published heads for Vicuna-7B"
+        f"{run_of(data)}; random weights, bf16, each step in a CUDA graph. Plain decoding is the fastest of up to 8 "
+        "ways: rows as they are or padded to 16, our attention or SDPA, our sampler or PyTorch's argmax. Overhead: a "
+        "tree's step by a plain one, and what of it is whose, in percent of a plain step. Attention: of a layer, what "
+        "it makes a plain step and a tree's longer. Speed-up: by the accuracies of published heads for Vicuna-7B"
     )
     return "\n".join([f"**step**: {about}.", "", *lines])
 
@@ -214,10 +218,9 @@ def every_step_table() -> str:
         )
         plain = next(iter(rows.values()))["plain_us"]
         lines.append(f"| {' | '.join(map(str, where))} | {plain:.0f} | {' | '.join(cells)} | {best[where]} |")
-    card = data["card"]
     about = (
-        f"{card['device']}, {data['date']}, torch {card['torch']}, triton {card['triton']}. Of each size of tree: its "
-        "step's time over a plain one's, and the speed-up by the accuracies of published heads for Vicuna-7B"
+        f"{run_of(data)}. Of each size of tree: its step's time over a plain one's, and the speed-up by the accuracies "
+        "of published heads for Vicuna-7B"
     )
     return "\n".join([f"**step**: {about}.", "", *lines])
 

@@ -243,7 +243,7 @@ def blas_linear(library: str, x: Tensor, weight: Tensor) -> Tensor:
 
 
 @cache
-def compiled(call: Callable[[Tensor, Tensor], Tensor], attempt: int = 1) -> Linear:
+def compiled(call: Linear, attempt: int) -> Linear:
     """Each attempt is tuned anew; from the second on its kernels begin early, where they can."""
     # Every shape is a recompile of this one function; beyond the limits it would quietly run uncompiled.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 4096
@@ -256,7 +256,7 @@ def compiled(call: Callable[[Tensor, Tensor], Tensor], attempt: int = 1) -> Line
     return torch.compile(FunctionType(code, call.__globals__), options=options, dynamic=False)
 
 
-def attempts(name: str, call: Callable[[Tensor, Tensor], Tensor], rows: int) -> dict[str, Linear]:
+def attempts(name: str, call: Linear, rows: int) -> dict[str, Linear]:
     """By torch.compile; of one row, plain decoding's, for which its tuning may be 5% off, three, of which the best
     counts."""
     return {f"{name}: attempt {i}": compiled(call, i) for i in (range(1, 4) if rows == 1 else [1])}
@@ -337,9 +337,11 @@ def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
 def gateds(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
     """What can gate so many rows by a weight of `out`: each linear with silu_mul, and "fused" what does all at once."""
     found: dict[str, Linear] = {name: WithSiluMul(call) for name, call in linears(rows, device, out).items()}
-    if device.type == "cuda" and rows == 1:  # of more it makes several kernels
+    if device.type == "cpu":
+        return found
+    if rows == 1:  # of more it makes several kernels
         found |= attempts("inductor fused", gated, rows)
-    if device.type == "cuda" and rows <= 128:
+    if rows <= 128:
         found |= {f"quack fused: {quack}": quack.gated for quack in suitable(GATED_QUACKS, out, device)}
     return found
 
@@ -405,8 +407,9 @@ class Model:
         for (op, shape), same in weights.items():
             if (op, rows, shape) in self.chosen:
                 continue
-            candidates = (gateds if op == "gated" else linears)(rows, self.head.device, shape[0])
-            x, reference = self.head.new_empty(rows, shape[1]).normal_(), gated if op == "gated" else F.linear
+            find, reference = (gateds, gated) if op == "gated" else (linears, F.linear)
+            candidates = find(rows, self.head.device, shape[0])
+            x = self.head.new_empty(rows, shape[1]).normal_()
             times = linears_us(candidates, x, same, self.report, reference)
             best = min(times, key=times.__getitem__)
             self.chosen[op, rows, shape] = candidates[best]

@@ -503,7 +503,6 @@ struct Consumer {
                              float4{from[i], from[i + 1], from[i + 2], from[i + 3]});
             }
         };
-        clear_unless_any();
         sync_threads<kComputeBarrier, 2 * kGroupThreads>();  // the tiles' memory is free
         const float mine[2] = {reference(0), reference(1)};
         store_shared(place(group, kGiven), float4{mine[0], mine[1], sum[0], sum[1]});
@@ -534,14 +533,6 @@ struct Consumer {
             out[i + 2] = fmaf(x.z, add[1], out[i + 2] * keep[1]);
             out[i + 3] = fmaf(x.w, add[1], out[i + 3] * keep[1]);
         }
-    }
-
-    // Zeros in place of what a warpgroup without tiles is left with, where that is not what it
-    // began with.
-    __device__ __forceinline__ void clear_unless_any() {
-        if constexpr (!C::kPipelined) return;
-#pragma unroll
-        for (int i = 0; i < kDim / 2; ++i) out[i] = any ? out[i] : 0.0f;
     }
 
     // Of row i, over the quad of threads that share it.
@@ -614,7 +605,10 @@ struct Consumer {
 
     // Leaves this split's results in memory, as `merge` takes them.
     __device__ __forceinline__ void publish(float4* partial, float2* stats) {
-        if constexpr (!C::kShares) clear_unless_any();
+        if constexpr (C::kPipelined) {  // elsewhere a warpgroup without tiles has zeros
+#pragma unroll
+            for (int i = 0; i < kDim / 2; ++i) out[i] = any ? out[i] : 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float total = row_sum(i);
