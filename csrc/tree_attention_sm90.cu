@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
             producer.begin();
             wait_for_kernels_before();
             producer.w.load_lengths(p);
+            producer.load_pages();
             shrink_registers<C::kProducerRegisters>();
             producer.run(k_map, v_map);
         }

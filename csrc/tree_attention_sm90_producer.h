@@ -25,6 +25,9 @@ struct Producer {
     // place in the first stage.
     int lane, my_v, half, slot_in_tile, boxes;
     uint32_t my_full, my_tile;
+    // Where blocks have few tiles, a request's pages, if these are all: every 32nd by a lane.
+    static constexpr int kKnown = C::kGroups == 1 && !C::kFp8 ? 4 : 0;
+    int32_t known[kKnown + 1];
 
     __device__ __forceinline__ uint32_t full(int v) const { return barrier_of(barriers, v, ring); }
     __device__ __forceinline__ uint32_t free(int v) const { return full(v + 2); }
@@ -32,6 +35,31 @@ struct Producer {
 
     __device__ __forceinline__ int page(int slot) const {
         return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
+    }
+
+    __device__ __forceinline__ int max_blocks() const { return p.capacity >> p.page_shift; }
+    __device__ __forceinline__ bool knows_pages() const {
+        return kKnown && max_blocks() <= kKnown * 32;
+    }
+    // Begins to load them, without waiting for the request's length.
+    __device__ __forceinline__ void load_pages() {
+        if (!table || !knows_pages()) return;
+#pragma unroll
+        for (int i = 0; i < kKnown; ++i) {
+            const int at = i * 32 + lane;
+            known[i] = at < max_blocks() ? table[at] : 0;
+        }
+    }
+    // As `page`, by all lanes of a warp.
+    __device__ __forceinline__ int known_page(int slot) const {
+        const int at = slot >> p.page_shift;
+        int found = 0;
+#pragma unroll
+        for (int i = 0; i < kKnown; ++i) {
+            const int x = __shfl_sync(~0u, known[i], at & 31);
+            if (at >> 5 == i) found = x;
+        }
+        return min(max(found, 0), p.num_blocks - 1);
     }
 
     __device__ __forceinline__ void find_table() {
@@ -71,7 +99,13 @@ struct Producer {
             int inside = slot, block = w.batch;
             if (table) {
                 const int at = (tile - w.lo) * boxes % 32;
-                if (at == 0 && slot < w.tail(p) * kKeys) pages = page(slot);
+                if (at == 0) {
+                    if (knows_pages()) {
+                        pages = known_page(slot);
+                    } else if (slot < w.tail(p) * kKeys) {
+                        pages = page(slot);
+                    }
+                }
                 inside = in_page(slot);
                 block = __shfl_sync(~0u, pages, at + lane);
             }

@@ -485,8 +485,10 @@ def test_gpu(options, run):
 @pytest.mark.gpu
 @pytest.mark.parametrize("group, heads_kv", [(1, 32), (4, 8)])
 @pytest.mark.parametrize("size", [1, 256, 512])
-def test_gpu_long(group, heads_kv, size):
-    check(Case([5000, 37], [size, size], size, heads_kv, group, 128, torch.bfloat16, device="cuda"), public)
+@pytest.mark.parametrize("block_size", [0, 16])  # more pages than what a warp may know beforehand
+def test_gpu_long(group, heads_kv, size, block_size):
+    case = Case([5000, 37], [size, size], size, heads_kv, group, 128, torch.bfloat16, block_size, device="cuda")
+    check(case, public)
 
 
 @pytest.mark.gpu
