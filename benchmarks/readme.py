@@ -194,10 +194,11 @@ def step_table() -> str:
             f"{attention[(*where, 1)]}, {attention[(*where, row['nodes'])]} | {row['speed_up']:.2f}x |"
         )
     about = (
-        f"{run_of(data)}; random weights, bf16, each step in a CUDA graph. Plain decoding is the fastest of up to 8 "
-        "ways: rows as they are or padded to 16, our attention or SDPA, our sampler or PyTorch's argmax. Overhead: a "
-        "tree's step by a plain one, and what of it is whose, in percent of a plain step. Attention: of a layer, what "
-        "it makes a plain step and a tree's longer. Speed-up: by the accuracies of published heads for Vicuna-7B"
+        f"{run_of(data)}; random weights, bf16, each step in a CUDA graph. Plain decoding is the fastest of up to 12 "
+        "ways: rows as they are or padded to 16 or 64, our attention or SDPA, our sampler or PyTorch's argmax. "
+        "Overhead: a tree's step by a plain one, and what of it is whose, in percent of a plain step. Attention: of a "
+        "layer, what it makes a plain step and a tree's longer. Speed-up: by the accuracies of published heads for "
+        "Vicuna-7B"
     )
     return "\n".join([f"**step**: {about}.", "", *lines])
 

@@ -276,10 +276,11 @@ class Quack:
     tile_k: int = 64
     pingpong: bool = False
 
-    def suits(self, out: int, sms: int) -> bool:
-        """Its blocks leave few multiprocessors without work."""
+    def suits(self, rows: int, out: int, sms: int) -> bool:
+        """It exists for so many rows, and its blocks leave few multiprocessors without work."""
         blocks = -(-out // self.width)
-        return blocks >= 0.84 * sms * -(-blocks // sms)
+        exists = rows <= 64 or not self.pingpong or self.width <= 208
+        return exists and blocks >= 0.84 * sms * -(-blocks // sms)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         from quack.gemm import gemm
@@ -314,12 +315,12 @@ GATED_QUACKS = (
 )  # fmt: skip
 
 
-def suitable(quacks: Sequence[Quack], out: int, device: torch.device) -> list[Quack]:
-    """Where quack is installed, those that suit a weight of so many rows."""
+def suitable(quacks: Sequence[Quack], rows: int, out: int, device: torch.device) -> list[Quack]:
+    """Where quack is installed, those that suit so many rows and a weight of `out`."""
     properties = torch.cuda.get_device_properties(device)
     if properties.major != 9 or importlib.util.find_spec("quack") is None:
         return []
-    return [quack for quack in quacks if quack.suits(out, properties.multi_processor_count)]
+    return [quack for quack in quacks if quack.suits(rows, out, properties.multi_processor_count)]
 
 
 def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
@@ -330,7 +331,7 @@ def linears(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
     if rows <= 16:  # of more it is slower than quack
         found |= attempts("inductor", linear, rows)
     if rows <= 128:
-        found |= {f"quack: {quack}": quack for quack in suitable(QUACKS, out, device)}
+        found |= {f"quack: {quack}": quack for quack in suitable(QUACKS, rows, out, device)}
     return found
 
 
@@ -342,7 +343,7 @@ def gateds(rows: int, device: torch.device, out: int) -> dict[str, Linear]:
     if rows == 1:  # of more it makes several kernels
         found |= attempts("inductor fused", gated, rows)
     if rows <= 128:
-        found |= {f"quack fused: {quack}": quack.gated for quack in suitable(GATED_QUACKS, out, device)}
+        found |= {f"quack fused: {quack}": quack.gated for quack in suitable(GATED_QUACKS, rows, out, device)}
     return found
 
 
@@ -635,10 +636,14 @@ def measure_step(name: str, candidates: Sequence[Step], limits: Limits, replays:
     return Measured(name, context.batch, context.length, best.nodes, mode, until[-1], parts, best.name, times, floor)
 
 
+# Rows that plain decoding's are padded to, as some libraries multiply so many faster than fewer.
+PADDED = (16, 64)
+
+
 def plain_candidates(context: Context) -> list[Step]:
     """Every row count with every attention and sampler: plain decoding as fast as we know how."""
     tree = TokenTree.chain(0, context.kv.device)
-    rows = sorted({context.batch, max(16, context.batch)})
+    rows = sorted({context.batch, *(n for n in PADDED if n > context.batch)})
     return [
         Step(context, tree, n, plain=True, attention=attention, sampler=sampler)
         for n, attention, sampler in product(rows, ("ours", "sdpa"), ("argmax", "ours"))

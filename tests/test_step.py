@@ -71,7 +71,7 @@ def test_a_tree_step_says_what_plain_steps_say(model, nodes, mode):
 
 def test_every_candidate_of_plain_decoding_agrees(model):
     candidates = step.plain_candidates(context(model))
-    assert len(candidates) == 8 and {made.rows for made in candidates} == {2, 16}
+    assert len(candidates) == 12 and {made.rows for made in candidates} == {2, 16, 64}
     want = candidates[0].forward()
     for made in candidates:
         torch.testing.assert_close(made.forward(), want, rtol=1e-3, atol=1e-3)
@@ -197,7 +197,7 @@ def test_a_step_uses_what_was_chosen_once(monkeypatch):
 
 def test_matmuls_of_a_gpu(monkeypatch):
     monkeypatch.setattr(step, "compiled", lambda call, attempt: call)
-    monkeypatch.setattr(step, "suitable", lambda quacks, out, device: quacks[:1])
+    monkeypatch.setattr(step, "suitable", lambda quacks, rows, out, device: quacks[:1])
     cuda = torch.device("cuda")
     found = ["cublas", "cublaslt", f"quack: {step.QUACKS[0]}"]
     assert list(step.linears(128, cuda, 64)) == found
@@ -212,7 +212,9 @@ def test_matmuls_of_a_gpu(monkeypatch):
         assert list(candidates(129, cuda, 64)) == found[:2]
         assert list(candidates(1, CPU, 64)) == ["F.linear"]
     assert all(quack.width % 32 == 0 for quack in step.GATED_QUACKS)
-    assert [out for out in (4096, 6144, 12288, 28672) if step.Quack(96, 2).suits(out, 132)] == [12288]
+    assert [out for out in (4096, 6144, 12288, 28672) if step.Quack(96, 2).suits(64, out, 132)] == [12288]
+    wide = [step.Quack(224, 2), step.Quack(224, 2, pingpong=True)]
+    assert [[quack.suits(rows, 28672, 132) for quack in wide] for rows in (64, 65)] == [[True, True], [True, False]]
     state = ["before"]
 
     def preferred(library=None):
@@ -379,10 +381,12 @@ def test_smoke_run(tmp_path, capsys):
     assert [(row["batch"], row["nodes"]) for row in content["steps"]] == [(2, 1), (2, 4), (2, 9)]
     for row in content["steps"]:
         assert sum(row["parts_us"].values()) == pytest.approx(row["us"]) and row["us"] > 0
-    assert len(content["steps"][0]["candidates_us"]) == 8
-    assert sorted({row["rows"] for row in content["matmuls"]}) == [2, 8, 16, 18, 32] and len(content["matmuls"]) == 25
+    assert len(content["steps"][0]["candidates_us"]) == 12
+    assert sorted({row["rows"] for row in content["matmuls"]}) == [2, 8, 16, 18, 32, 64]
+    assert len(content["matmuls"]) == 30
     for row in content["matmuls"]:
-        assert row["model"] == "tiny" and row["best"] == "F.linear" and row["candidates_us"]["F.linear"] > 0
+        # Less the norm's own time, which on a busy CPU may have taken as long: no sign to rely on.
+        assert row["model"] == "tiny" and row["best"] == "F.linear" and list(row["candidates_us"]) == ["F.linear"]
     assert (tmp_path / "cpu_step.png").stat().st_size > 1000
 
 
@@ -404,7 +408,7 @@ def test_bad_arguments():
 def test_gpu_compiled_matmuls(device, monkeypatch):
     """Compiled once a shape and number of rows, and right in a step's graph."""
     real = step.linears
-    monkeypatch.setattr(step, "suitable", lambda quacks, out, device: [])
+    monkeypatch.setattr(step, "suitable", lambda quacks, rows, out, device: [])
     monkeypatch.setattr(step, "linears", lambda *args: {"inductor": real(*args)["inductor: attempt 1"]})
     with torch.inference_mode():
         made = step.Model(step.Shape(512, 3, 8, 2, 64, 768, 5000), device, torch.bfloat16)
@@ -455,7 +459,7 @@ def test_gpu_quack_gates(device, rows):
         for out in (16384, 22016, 28672):
             x = torch.randn(rows, 512, device=device, dtype=torch.bfloat16)
             weight = torch.randn(out, 512, device=device, dtype=torch.bfloat16)
-            for quack in step.suitable(step.GATED_QUACKS, out, device):
+            for quack in step.suitable(step.GATED_QUACKS, rows, out, device):
                 assert common.relative_error(quack.gated(x, weight), step.gated(x, weight)) < 0.01, quack
 
 
