@@ -25,7 +25,8 @@ struct Producer {
     // place in the first stage.
     int lane, my_v, half, slot_in_tile, boxes;
     uint32_t my_full, my_tile;
-    // Where blocks have few tiles, a request's pages, if these are all: every 32nd by a lane.
+    // Where blocks have few tiles: all of the request's pages, if its table has no more than these,
+    // asked for along with its length. Lane l has every 32nd, from the l-th on.
     static constexpr int kKnown = C::kGroups == 1 && !C::kFp8 ? 4 : 0;
     int32_t known[kKnown + 1];
 
@@ -41,7 +42,7 @@ struct Producer {
     __device__ __forceinline__ bool knows_pages() const {
         return kKnown && max_blocks() <= kKnown * 32;
     }
-    // Begins to load them, without waiting for the request's length.
+    // Begins to load them.
     __device__ __forceinline__ void load_pages() {
         if (!table || !knows_pages()) return;
 #pragma unroll
