@@ -595,6 +595,22 @@ class Measured:
         return *self.where, self.nodes, self.mode
 
 
+@dataclass
+class Drafted:
+    """What the package's drafter takes for a batch's trees of so many nodes, once their step is done: as many heads as
+    the published ones, each with a projection to the vocabulary of its own, and each one's likeliest tokens."""
+
+    model: str
+    batch: int
+    nodes: int
+    us: float
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.model, self.batch, self.nodes
+
+
 def times_us(calls: Sequence[Callable[[], object]], device: torch.device, replays: int) -> list[float]:
     """Median µs of each call in a CUDA graph of its own; the graphs take turns, so that their differences do not drift
     with the card's clock."""
@@ -658,6 +674,27 @@ def tree_candidates(context: Context, nodes: int, mode: str) -> list[Step]:
     return steps
 
 
+def measure_drafts(name: str, model: Model, args) -> list[Drafted]:
+    """For every batch and size of tree. The heads' weights are read from memory each time, as they are in a step."""
+    from medusa_kernels.decoding import DraftState, MedusaDrafter, MedusaHeads
+
+    vocab, hidden = model.head.shape
+    device = model.head.device
+    room = len(TOP_K) * (vocab + hidden) * hidden * model.head.itemsize
+    if device.type == "cuda" and room > 0.9 * torch.cuda.mem_get_info(device)[0]:
+        model.report(f"{name}: drafting skipped, its heads take {room / 1e9:.0f} GB")
+        return []
+    heads = MedusaHeads(len(TOP_K), 1, model.head.new_empty(len(TOP_K), vocab, hidden).normal_())
+    drafters = [MedusaDrafter(heads, tree_for(nodes)) for nodes in args.nodes]
+    found = []
+    for batch in args.batches:
+        root = torch.zeros(batch, dtype=torch.int64, device=device)
+        state = DraftState(root, model.head.new_empty(batch, hidden).normal_(), root.int(), [], [])
+        times = times_us([partial(drafter.draft, state) for drafter in drafters], device, args.replays)
+        found += [Drafted(name, batch, nodes, us) for nodes, us in zip(args.nodes, times)]
+    return found
+
+
 def room_bytes(shape: Shape, batch: int, length: int, nodes: int, itemsize: int) -> int:
     """What a context and its largest step take beside the weights; logits and activations twice, for two graphs."""
     rows = batch * nodes
@@ -665,9 +702,11 @@ def room_bytes(shape: Shape, batch: int, length: int, nodes: int, itemsize: int)
     return (shape.kv(batch, length + nodes + 256) + 2 * activations) * itemsize
 
 
-def measure_all(args, limits: Limits, device: torch.device, report) -> tuple[list[Measured], list[dict], int]:
-    """Everything that was asked for and fits, the choices of matmuls, and how many candidates were wrong."""
-    results, matmuls, wrong = [], [], 0
+def measure_all(
+    args, limits: Limits, device: torch.device, report
+) -> tuple[list[Measured], list[dict], list[Drafted], int]:
+    """Everything that was asked for and fits, the choices of matmuls, drafting, and how many candidates were wrong."""
+    results, matmuls, drafts, wrong = [], [], [], 0
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for name in args.models:
         shape = MODELS[name]
@@ -705,8 +744,11 @@ def measure_all(args, limits: Limits, device: torch.device, report) -> tuple[lis
                 candidates = right = step = None  # their buffers
             context = None
         matmuls += [{"model": name} | row for row in model.matmuls]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        drafts += measure_drafts(name, model, args)
         model = None
-    return results, matmuls, wrong
+    return results, matmuls, drafts, wrong
 
 
 # ---- what it says ----
@@ -720,10 +762,11 @@ def describe(r: Measured) -> str:
     )
 
 
-def overheads(results: Sequence[Measured]) -> list[dict]:
+def overheads(results: Sequence[Measured], drafts: Sequence[Drafted] = ()) -> list[dict]:
     """A row a tree step: its time over plain decoding's, split by parts in percent of plain decoding's, and what comes
-    of it with the acceptance model and, for 64 nodes, with published tokens a step."""
+    of it with the acceptance model, without and with drafting, and, for 64 nodes, with published tokens a step."""
     plain = {r.where: r for r in results if r.nodes == 1}
+    draft_us = {d.key: d.us for d in drafts}
     rows = []
     for r in results:
         if r.nodes == 1 or r.where not in plain:
@@ -732,12 +775,14 @@ def overheads(results: Sequence[Measured]) -> list[dict]:
         overhead = r.us / base.us
         tree = TokenTree.search(HEAD_ACCURACIES, r.nodes)
         tokens = float(tree.expected_tokens(HEAD_ACCURACIES)[-1])
+        drafting = draft_us.get((r.model, r.batch, r.nodes))
         percent = {part: 100 * (r.parts_us[part] - base.parts_us[part]) / base.us for part in PARTS}
         rows.append({
             "model": r.model, "batch": r.batch, "length": r.length, "nodes": r.nodes, "mode": r.mode, "date": r.date,
             "plain_us": base.us, "us": r.us, "overhead": overhead,
             "parts_percent": percent, "operators_percent": sum(percent[part] for part in OPERATORS),
-            "tokens": tokens, "speed_up": tokens / overhead,
+            "tokens": tokens, "speed_up": tokens / overhead, "draft_us": drafting,
+            "speed_up_with_drafts": None if drafting is None else tokens * base.us / (r.us + drafting),
             "published_speed_up": {k: v / overhead for k, v in PUBLISHED.items()} if r.nodes == 64 else {},
         })  # fmt: skip
     return rows
@@ -758,18 +803,22 @@ def best_sizes(results: Sequence[Measured]) -> list[dict]:
     return rows
 
 
-def tables(results: Sequence[Measured], matmuls: Sequence[dict], limits: Limits, smoke: bool) -> list[Table]:
+def tables(
+    results: Sequence[Measured], matmuls: Sequence[dict], drafts: Sequence[Drafted], limits: Limits, smoke: bool
+) -> list[Table]:
     title = f"{limits.device} | torch {limits.torch}, triton {limits.triton}"
     title += " | SMOKE TEST: wall-clock on a CPU, no measure of speed" if smoke else ""
     first = Table(title=f"tree step against plain decoding | {title}")
     for column in ("model", "B", "L", "nodes", "plain µs", "tree µs", "overhead", *(f"{p} %" for p in PARTS),
-                   "operators %", "tokens (model)", "speed-up", *PUBLISHED):  # fmt: skip
+                   "operators %", "tokens (model)", "speed-up", "draft µs", "with it", *PUBLISHED):  # fmt: skip
         first.add_column(column, justify="left" if column == "model" else "right")
-    for row in overheads(results):
+    for row in overheads(results, drafts):
+        drafting = row["speed_up_with_drafts"]
         first.add_row(
             row["model"], str(row["batch"]), str(row["length"]), str(row["nodes"]), f"{row['plain_us']:.0f}",
             f"{row['us']:.0f}", f"{row['overhead']:.3f}", *(f"{row['parts_percent'][p]:+.1f}" for p in PARTS),
             f"{row['operators_percent']:+.1f}", f"{row['tokens']:.2f}", f"{row['speed_up']:.2f}x",
+            *(("", "") if drafting is None else (f"{row['draft_us']:.0f}", f"{drafting:.2f}x")),
             *(f"{row['published_speed_up'][k]:.2f}x" if row["published_speed_up"] else "" for k in PUBLISHED),
         )  # fmt: skip
     second = Table(title=f"size of tree that pays best | {title}")
@@ -800,21 +849,26 @@ def matmul_key(row: dict) -> tuple:
     return list(MODELS).index(row["model"]), row["rows"], *row["shape"], row.get("op", "linear")
 
 
-def merge_results(path: Path, results: Sequence[Measured], matmuls: Sequence[dict], limits: Limits) -> list[Measured]:
+def merge_results(
+    path: Path, results: Sequence[Measured], matmuls: Sequence[dict], drafts: Sequence[Drafted], limits: Limits
+) -> list[Measured]:
     """These results, and what the file holds of others of the same card and versions; written."""
     card = {"device": limits.device, "torch": limits.torch, "triton": limits.triton}
     merged, chosen = {r.key: r for r in results}, {matmul_key(row): row for row in matmuls}
+    drafted = {d.key: d for d in drafts}
     if path.exists():
         old = json.loads(path.read_text())
         if old["card"] == card:
             merged = {r.key: r for r in (Measured(**{"date": old["date"]} | row) for row in old["steps"])} | merged
             chosen = {matmul_key(row): row for row in old.get("matmuls", [])} | chosen
+            drafted = {d.key: d for d in (Drafted(**row) for row in old.get("drafts", []))} | drafted
     every = sorted(merged.values(), key=lambda r: (list(MODELS).index(r.model), *r.key[1:]))
     content = {
         "date": datetime.date.today().isoformat(), "card": card,
         "limits": {k: v for k, v in vars(limits).items() if k not in card},
-        "steps": [asdict(r) for r in every], "overheads": overheads(every), "best_sizes": best_sizes(every),
-        "matmuls": [chosen[key] for key in sorted(chosen)],
+        "steps": [asdict(r) for r in every], "overheads": overheads(every, list(drafted.values())),
+        "best_sizes": best_sizes(every), "matmuls": [chosen[key] for key in sorted(chosen)],
+        "drafts": [asdict(drafted[key]) for key in sorted(drafted, key=lambda k: (list(MODELS).index(k[0]), *k[1:]))],
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
@@ -894,14 +948,14 @@ def main(argv: list[str] | None = None) -> int:
     limits = measure_limits(device, quick=True)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     with torch.inference_mode():
-        results, matmuls, wrong = measure_all(args, limits, device, say)
+        results, matmuls, drafts, wrong = measure_all(args, limits, device, say)
     if not results:
         return 1
-    for table in tables(results, matmuls, limits, smoke):
+    for table in tables(results, matmuls, drafts, limits, smoke):
         console.print(table)
     if args.out is not None:
         stem = args.out / f"{limits.slug}_step"
-        every = merge_results(stem.with_suffix(".json"), results, matmuls, limits)
+        every = merge_results(stem.with_suffix(".json"), results, matmuls, drafts, limits)
         plot(stem.with_suffix(".png"), every, limits, smoke)
         say(f"{stem}.json, .png")
     return 1 if wrong else 0

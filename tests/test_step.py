@@ -327,13 +327,19 @@ def measured(nodes, us, batch=1, **parts):
     return step.Measured("tiny", batch, 20, nodes, "greedy", us, rest, "best", {"best": us}, None)
 
 
+def drafted(nodes, us, batch=1):
+    return step.Drafted("tiny", batch, nodes, us)
+
+
 def test_overheads_by_hand():
     results = [
         measured(1, 100.0, matmuls=90.0, attention=10.0),
         measured(64, 110.0, matmuls=92.0, attention=13.0, acceptance=4.0, compaction=1.0),
         measured(16, 50.0, batch=4),  # without plain decoding to compare with
     ]
-    (row,) = step.overheads(results)
+    (row,) = step.overheads(results, [drafted(64, 40.0), drafted(64, 50.0, batch=4), drafted(16, 60.0)])
+    assert row["draft_us"] == 40 and row["speed_up_with_drafts"] == pytest.approx(row["tokens"] / 1.5)
+    assert step.overheads(results)[0] == row | {"draft_us": None, "speed_up_with_drafts": None}
     assert row["overhead"] == pytest.approx(1.1)
     assert row["parts_percent"] == pytest.approx(
         {"matmuls": 2, "attention": 3, "rest": 0, "acceptance": 4, "compaction": 1}
@@ -354,22 +360,24 @@ def test_best_sizes():
 def test_results_are_merged(tmp_path):
     path = tmp_path / "results" / "card_step.json"
     first = [{"model": "tiny", "rows": rows, "shape": [8, 4], "best": "cublas"} for rows in (1, 16)]  # as of old
-    step.merge_results(path, [measured(1, 100.0), measured(16, 120.0)], first, H100)
+    step.merge_results(path, [measured(1, 100.0), measured(16, 120.0)], first, [drafted(16, 9.0)], H100)
     second = [
         {"op": op, "model": name, "rows": 16, "shape": [8, 4], "best": "inductor"}
         for name, op in (("tiny", "linear"), ("tiny", "gated"), ("vicuna_7b", "linear"))
     ]
-    every = step.merge_results(path, [measured(16, 110.0), measured(64, 130.0)], second, H100)
+    drafts = [drafted(16, 5.0), drafted(64, 6.0)]
+    every = step.merge_results(path, [measured(16, 110.0), measured(64, 130.0)], second, drafts, H100)
     assert [(r.nodes, r.us) for r in every] == [(1, 100.0), (16, 110.0), (64, 130.0)]
     content = json.loads(path.read_text())
     assert len(content["steps"]) == 3 and len(content["overheads"]) == 2 and len(content["best_sizes"]) == 1
     assert content["matmuls"] == [second[2], first[0], second[1], second[0]]
-    del content["matmuls"]  # as files were before matmuls had a choice
+    assert [row["us"] for row in content["drafts"]] == [row["draft_us"] for row in content["overheads"]] == [5.0, 6.0]
+    del content["matmuls"], content["drafts"]  # as files were before matmuls had a choice
     path.write_text(json.dumps(content))
-    assert len(step.merge_results(path, [measured(1, 90.0)], first, H100)) == 3
+    assert len(step.merge_results(path, [measured(1, 90.0)], first, [], H100)) == 3
     assert json.loads(path.read_text())["matmuls"] == first
     other = common.Limits("another card", *list(vars(H100).values())[1:])
-    assert len(step.merge_results(path, [measured(1, 90.0)], [], other)) == 1
+    assert len(step.merge_results(path, [measured(1, 90.0)], [], [], other)) == 1
 
 
 def test_smoke_run(tmp_path, capsys):
@@ -384,6 +392,9 @@ def test_smoke_run(tmp_path, capsys):
     assert len(content["steps"][0]["candidates_us"]) == 12
     assert sorted({row["rows"] for row in content["matmuls"]}) == [2, 8, 16, 18, 32, 64]
     assert len(content["matmuls"]) == 30
+    assert [(row["batch"], row["nodes"]) for row in content["drafts"]] == [(2, 4), (2, 9)]
+    for row, drafted in zip(content["overheads"], content["drafts"]):
+        assert row["draft_us"] == drafted["us"] > 0 and row["speed_up_with_drafts"] < row["speed_up"]
     for row in content["matmuls"]:
         # Less the norm's own time, which on a busy CPU may have taken as long: no sign to rely on.
         assert row["model"] == "tiny" and row["best"] == "F.linear" and list(row["candidates_us"]) == ["F.linear"]
@@ -438,10 +449,11 @@ def test_gpu_run(device, monkeypatch):
         step.MODELS["tiny"] = shape
         try:
             with torch.inference_mode():
-                results, matmuls, wrong = step.measure_all(args, H100, device, print)
+                results, matmuls, drafts, wrong = step.measure_all(args, H100, device, print)
         finally:
             step.MODELS["tiny"] = before
         assert wrong == 0 and len(results) == 10
+        assert len(drafts) == 8 and all(d.us > 0 for d in drafts)
         assert all(r.us > 0 and r.floor_us > 0 for r in results)
         assert {row["rows"] for row in matmuls} == {1, 4, 16, 26, 32, 64, 104, 112, 128, 256, 512}
         for row in matmuls:
