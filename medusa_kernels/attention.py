@@ -70,6 +70,10 @@ def tree_attention(
     softmax's denominator, [B, H, T] fp32, sinks included, -inf for padding. Accumulates in fp32; the same bits from
     run to run. Slots of no node and no committed token may hold anything, NaN too.
 
+    How work is divided depends on the slots that a request has, S or max_blocks * block_size. Where all lengths are
+    known to be far below that, views are faster, by up to a fifth for one request: `k_cache[:, :n]` and
+    `v_cache[:, :n]`, or `block_table[:, :n]`.
+
     Unchecked, as it would stall the GPU, but clamped, so that nothing outside a tensor is touched: values of
     `cache_seqlens` and `block_table`. MEDUSA_KERNELS_DEBUG=1 checks them.
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from medusa_kernels import TokenTree, _sm90, attention, reference, tree_attention
 from medusa_kernels._triton import tree_attention as triton_attention
@@ -409,6 +410,26 @@ def test_values_are_clamped_not_followed():
         for run in (public, plain_kernel) if triton_attention.INTERPRET else (public,):
             out, _ = run(q, k_cache, v_cache, tree, lens, config=TileConfig(16, 16, 2), **kw)
             assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_views_of_less_room_say_the_same(block_size):
+    """As the docstring advises where lengths are known to be short; appended rows reach the cache itself."""
+    q, *caches, tree, lens, kw = Case([9, 30], [5, 3], 5, block_size=block_size, append=True).build()
+    if block_size:
+        more = F.pad(kw["block_table"], (0, 100), value=-1)
+        cut = [cache.clone() for cache in caches]
+        whole, views = {**kw, "block_table": more}, {**kw, "block_table": more[:, :-100]}
+        through = cut
+    else:
+        caches = [F.pad(cache, (0, 0, 0, 0, 0, 100), value=NAN) for cache in caches]
+        cut = [cache.clone() for cache in caches]
+        whole = views = kw
+        through = [cache[:, :-100] for cache in cut]
+    for run in (public, plain_kernel) if triton_attention.INTERPRET else (public,):
+        want, got = run(q, *caches, tree, lens, **whole), run(q, *through, tree, lens, **views)
+        torch.testing.assert_close(got, want)
+        assert all(torch.equal(as_bytes(a), as_bytes(b)) for a, b in zip(cut, caches))
 
 
 def test_debug_mode_checks_values(monkeypatch):
