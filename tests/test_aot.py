@@ -49,7 +49,7 @@ VARIANTS = [
     (SHAPES[2], "fp16", "fp16", set()),
     *((SHAPES[i], "bf16", "bf16", ALL) for i in (1, 2)),
     *((SHAPES[i], "bf16", "fp8e4nv", {"HAS_SCALES", "APPEND"}) for i in (1, 2)),
-    (SHAPES[1], "fp32", "fp32", {"APPEND"}),
+    *((SHAPES[1], "fp32", "fp32", flags) for flags in ({"APPEND"}, {"SOFTCAP"})),
 ]
 NEEDS = {
     "APPEND": ("new_k_ptr", "new_v_ptr"), "HAS_WINDOW": ("depths_ptr",), "HAS_NUM_NODES": ("num_nodes_ptr",),
@@ -125,6 +125,7 @@ def test_compiles(arch, shape, dtype, cache, flags):
         (SHAPES[1], "bf16", "bf16", USUAL), (SHAPES[2], "fp16", "fp16", set()), (SHAPES[2], "bf16", "bf16", ALL),
         (SHAPES[4], "bf16", "bf16", USUAL), (SHAPES[6], "bf16", "bf16", USUAL), (SHAPES[8], "bf16", "bf16", USUAL),
         (SHAPES[2], "bf16", "fp8e4nv", {"HAS_SCALES", "APPEND"}), (SHAPES[1], "fp32", "fp32", {"APPEND"}),
+        (SHAPES[1], "fp32", "fp32", {"SOFTCAP"}),
     ],
     ids=lambda x: "-".join(map(str, sorted(x) if isinstance(x, set) else x)) if isinstance(x, (set, tuple)) else None,
 )  # fmt: skip

@@ -177,7 +177,7 @@ def cases(draw, max_size=70, max_length=150, device="cpu", dtypes=(torch.float32
         lengths, nodes, size, draw(st.integers(1, 2)), group, draw(st.sampled_from(dims)), dtype, block_size,
         per_request=draw(st.booleans()), append=draw(st.booleans()), strided=not block_size and draw(st.booleans()),
         fp8=dtype != torch.float32 and draw(st.sampled_from([False, False, True])),
-        window=draw(st.one_of(st.none(), st.integers(1, 200))), softcap=draw(st.sampled_from([0.0, 0.0, 5.0])),
+        window=draw(st.one_of(st.none(), st.integers(1, 200))), softcap=draw(st.sampled_from([0.0, 0.0, 5.0, 50.0])),
         sinks=draw(st.booleans()), seed=draw(st.integers(0, 2**20)), device=device,
     )  # fmt: skip
 
@@ -489,6 +489,7 @@ GPU_CASES = [
     {"group": 8, "head_dim": 64}, {"head_dim": 256, "fp8": True}, {"head_dim": 80, "fp8": True, "append": True},
     {"window": 3, "sinks": True, "softcap": 5.0, "append": True, "block_size": 64},
     {"dtype": torch.float32}, {"dtype": torch.float32, "head_dim": 64, "append": True, "block_size": 16},
+    {"dtype": torch.float32, "softcap": 50.0},
     *({"size": t, "num_nodes": [t, max(t - 1, 1)], "append": t % 2 == 1} for t in (1, 5, 17, 65, 130)),
     {"heads_kv": 40, "lengths": [1000, 130, 64, 0, 700], "num_nodes": [64, 60, 0, 64, 1]},
     *({"size": t, "num_nodes": [t, t], "group": 1} for t in (1, 5, 17, 65, 130)),

@@ -88,6 +88,18 @@ def _to_cache(x, scale, dtype: tl.constexpr, HAS_SCALES: tl.constexpr):
 
 
 @triton.jit
+def _tanh_of_scores(s, qk_scale, softcap, PRECISE: tl.constexpr):
+    """What softcap multiplies: the tanh of scores over softcap, to 2e-7; if PRECISE, of itself."""
+    capped = 1.0 - 2.0 / (tl.exp2(s * (qk_scale * 2.0 / softcap)) + 1.0)
+    if PRECISE:  # that difference has few digits left near 0, where this is right to 1e-7
+        x = s * (qk_scale / (softcap * LOG2E))
+        z = x * x
+        rest = ((0.0162739456 * z - 0.0525868908) * z + 0.133194208) * z - 0.333328903
+        capped = tl.where(z < 0.3025, x + x * (z * rest), capped)
+    return capped
+
+
+@triton.jit
 def _attend(
     q, k, v, acc, m, norm, mask, qk_scale, softcap,
     MASKED: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -98,8 +110,8 @@ def _attend(
     else:
         k, v = k.to(q.dtype), v.to(q.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:  # softcap * tanh(x), through exp2; the scale is outside, so that the max below stays the max
-        s = 1.0 - 2.0 / (tl.exp2(s * (qk_scale * 2.0 / softcap)) + 1.0)
+    if SOFTCAP:  # the scale is outside, so that the max below stays the max
+        s = _tanh_of_scores(s, qk_scale, softcap, q.dtype == tl.float32)
         qk_scale = softcap * LOG2E
     if MASKED:
         s = tl.where(mask, s, float("-inf"))

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .launch import launch as ordinary_launch
-from .tree_attention import INTERPRET, LOG2E, _finish, _lengths, _row_starts, _to_cache
+from .tree_attention import INTERPRET, LOG2E, _finish, _lengths, _row_starts, _tanh_of_scores, _to_cache
 
 CHUNK = 512  # positions; more: fewer partial results, but fewer programs for a short context
 
@@ -58,8 +58,8 @@ def _step(
     else:
         k, v = k.to(q.dtype), v.to(q.dtype)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if SOFTCAP:  # softcap * tanh(x), through exp2
-        s = 1.0 - 2.0 / (tl.exp2(s * (qk_scale * 2.0 / softcap)) + 1.0)
+    if SOFTCAP:
+        s = _tanh_of_scores(s, qk_scale, softcap, q.dtype == tl.float32)
         qk_scale = softcap * LOG2E
     s = s * qk_scale
     if MASKED:
