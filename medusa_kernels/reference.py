@@ -168,7 +168,8 @@ def accept_candidates(
 
         def argmax(node: int, b: int = b) -> int | None:
             row = logits[b, node].float()
-            return int(row.nan_to_num(-math.inf, math.inf, -math.inf).argmax()) if not row.isnan().all() else None
+            numbers = row[~row.isnan()]
+            return int((row == numbers.max()).nonzero()[0]) if len(numbers) else None
 
         def probs(node: int, b: int = b, temperature_: float = temperature_) -> Tensor | None:
             """Softmax, None where there is none."""

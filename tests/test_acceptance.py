@@ -241,6 +241,18 @@ def test_hand_written_tree():
 # ---- ends ----
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("accept", [accept_candidates, reference.accept_candidates])
+def test_nan_is_never_the_argmax(accept, dtype):
+    """Not even beside -inf alone, which is a number; without a number, 0 counts, and is no match."""
+    rows = torch.tensor([[NAN, -INF, -INF], [NAN, -INF, NAN], [-INF, NAN, -INF], [NAN, NAN, -INF], [NAN, NAN, NAN]])
+    logits, tree = torch.stack([rows, rows], 1).to(dtype), TokenTree.from_parents(torch.tensor([-1, 0]))
+    for token, matches in ((0, [False, False, True, False, False]), (1, [True, True, False, False, False])):
+        got = accept(logits, torch.tensor([[7, token]] * 5), tree)
+        assert got.accept_length.tolist() == matches
+        assert got.next_token.tolist() == [1, 1, 0, 2, 0]
+
+
 @pytest.mark.parametrize("limit", range(6))
 def test_max_tokens(limit):
     tree, tokens = TokenTree.chain(3), torch.tensor([[4, 1, 1, 1]])
