@@ -276,16 +276,21 @@ class Quack:
     tile_k: int = 64
     pingpong: bool = False
 
+    @staticmethod
+    def tile_rows(rows: int) -> int:
+        """Of x that a block takes."""
+        return 64 if rows <= 64 else 128
+
     def suits(self, rows: int, out: int, sms: int) -> bool:
         """It exists for so many rows, and its blocks leave few multiprocessors without work."""
         blocks = -(-out // self.width)
-        exists = rows <= 64 or not self.pingpong or self.width <= 208
+        exists = not self.pingpong or self.width <= {64: 256, 128: 208}[self.tile_rows(rows)]
         return exists and blocks >= 0.84 * sms * -(-blocks // sms)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         from quack.gemm import gemm
 
-        out, rows = x.new_empty(len(x), len(weight)), 64 if len(x) <= 64 else 128
+        out, rows = x.new_empty(len(x), len(weight)), self.tile_rows(len(x))
         gemm(x, weight, out, None, None, rows, self.width, 1, self.cluster, tile_K=self.tile_k, pingpong=self.pingpong)
         return out
 
@@ -295,7 +300,7 @@ class Quack:
         from quack.gemm_interface import gemm_gated
 
         config = GemmConfig(
-            64 if len(x) <= 64 else 128, self.width, self.tile_k, pingpong=self.pingpong, is_dynamic_persistent=False,
+            self.tile_rows(len(x)), self.width, self.tile_k, pingpong=self.pingpong, is_dynamic_persistent=False,
             cluster_m=1, cluster_n=self.cluster,
         )  # fmt: skip
         options = {"activation": "swiglu", "store_preact": False, "concat_layout": ("B",)}

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
         float4* const partial = p.partial + rows * (C::kDim / 4);
         float2* const stats = p.stats + rows;
         Merge<C> merge{p, done, partial, stats, tiles, int(threadIdx.x) / 32, lane};
-        constexpr bool kEarly = C::kGroups == 1 && !C::kFp8;  // elsewhere registers are scarce
+        constexpr bool kEarly = C::kSmall;  // elsewhere registers are scarce
         consumer.run([&] {
             if (kEarly && p.num_splits.value > 1) merge.begin();
         });

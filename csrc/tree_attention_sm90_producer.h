@@ -27,15 +27,19 @@ struct Producer {
     uint32_t my_full, my_tile;
     // Where blocks have few tiles: all of the request's pages, if its table has no more than these,
     // asked for along with its length. Lane l has every 32nd, from the l-th on.
-    static constexpr int kKnown = C::kGroups == 1 && !C::kFp8 ? 4 : 0;
+    static constexpr int kKnown = C::kSmall ? 4 : 0;
     int32_t known[kKnown + 1];
 
     __device__ __forceinline__ uint32_t full(int v) const { return barrier_of(barriers, v, ring); }
     __device__ __forceinline__ uint32_t free(int v) const { return full(v + 2); }
     __device__ __forceinline__ uint32_t tile_of(int v) const { return C::tile(tiles, v, ring); }
 
+    // What the table says, clamped.
+    __device__ __forceinline__ int clamped(int entry) const {
+        return min(max(entry, 0), p.num_blocks - 1);
+    }
     __device__ __forceinline__ int page(int slot) const {
-        return min(max(table[slot >> p.page_shift], 0), p.num_blocks - 1);
+        return clamped(table[slot >> p.page_shift]);
     }
 
     __device__ __forceinline__ int max_blocks() const { return p.capacity >> p.page_shift; }
@@ -60,7 +64,7 @@ struct Producer {
             const int x = __shfl_sync(~0u, known[i], at & 31);
             if (at >> 5 == i) found = x;
         }
-        return min(max(found, 0), p.num_blocks - 1);
+        return clamped(found);
     }
 
     __device__ __forceinline__ void find_table() {

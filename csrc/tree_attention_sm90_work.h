@@ -67,10 +67,13 @@ struct Config {
     static constexpr int kDim = kDim_;
     static constexpr int kGroups = kGroups_;  // of 64 rows
     static constexpr bool kCluster = kCluster_;
-    static_assert(!kCluster || (kGroups == 1 && !kFp8));
+    // One warpgroup computes, for what the memory bounds: two blocks share a multiprocessor, with a
+    // short ring and few tiles each.
+    static constexpr bool kSmall = kGroups == 1 && !kFp8;
+    static_assert(!kCluster || kSmall);
     static constexpr int kRows = 64 * kGroups;
     // Where the ring is short the tail comes third, as it takes longest to copy; else last.
-    static constexpr bool kTailThird = kGroups == 1 && !kFp8;
+    static constexpr bool kTailThird = kSmall;
     // Whether a tile's softmax has the next one's scores under it as well. Where products bound
     // that pays; elsewhere less code does (Consumer::attend_in_turn).
     static constexpr bool kPipelined = kGroups == 2;
@@ -82,8 +85,7 @@ struct Config {
     static constexpr int kStep = kShares ? 2 : 1;    // from a warpgroup's tile to its next one
     static constexpr int kProducers = kFp8 ? 2 : 1;  // for fp8, one that converts
     static constexpr int kThreads = (kComputing + kProducers) * kGroupThreads;
-    // One warpgroup is for what the memory bounds: two blocks share a multiprocessor.
-    static constexpr int kBlocks = kComputing == 1 ? 2 : 1;
+    static constexpr int kBlocks = kSmall ? 2 : 1;
     // A thread's; at entry all have as many, and none grows beyond what another has given away.
     static constexpr int kEntryRegisters = 65536 / kBlocks / kThreads / 8 * 8;
     static constexpr int kConsumerRegisters = kBlocks == 2             ? 192
